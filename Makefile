@@ -1,0 +1,68 @@
+# Everything a newcomer needs: `make demo` and `make test`. Both set up .venv first.
+#
+#   TORCH=...   the torch build to install, any pip requirement (default below); for a GPU: make demo TORCH=torch
+#   PYTHON=...  the Python to make .venv with (3.10 to 3.13)
+#   PROMPT=...  your own request for the demo: make demo PROMPT="How do I paint the fence?"
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+PROMPT ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+STAMP := $(VENV)/.ready
+SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test test-slow lint format build wheel bench clean help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+demo: $(STAMP) ## RAIN answers three requests on the embedded model, beside plain sampling
+	@$(VENV)/bin/raindecode demo $(if $(PROMPT),"$(PROMPT)")
+
+test: $(STAMP) ## every test that needs no GPU
+	@$(PY) -m pytest tests
+
+test-slow: $(STAMP) ## the long sweeps as well
+	@$(PY) -m pytest tests -m "slow or not slow"
+
+lint: $(STAMP) ## ruff, mypy (strict), clang-format
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(STAMP) ## rewrite files in the house style
+	@$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
+
+build: $(STAMP) ## compile the extension in place
+
+wheel: $(STAMP) ## dist/*.whl
+	@$(PIP) wheel . --no-deps --no-build-isolation -w dist && ls -l dist
+
+bench: $(STAMP) ## kernel benchmarks of this machine
+	@$(PY) benchmarks/bench_tree.py && $(PY) benchmarks/bench_attention.py
+
+clean: ## remove what was built; keeps .venv's packages
+	rm -rf build dist *.egg-info rainkernels/_C*.so $(STAMP)
+
+# torch goes in first and by itself: otherwise pip may choose another build of it for one of the packages below.
+$(VENV)/.torch:
+	@sh scripts/check_system.sh "$(PYTHON)"
+	@echo "[1/3] virtual environment and $(TORCH)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install "$(TORCH)"
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.torch pyproject.toml
+	@echo "[2/3] Python packages"
+	@$(PIP) install "setuptools>=77" wheel "pybind11>=3.0" "cmake>=3.26" ninja
+	@touch $@
+
+$(STAMP): $(VENV)/.tools $(SOURCES)
+	@echo "[3/3] compiling rainkernels (log: $(VENV)/build.log)"
+	@$(PIP) install --no-build-isolation -e ".[dev]" --verbose > $(VENV)/build.log 2>&1 || { tail -n 25 $(VENV)/build.log; exit 1; }
+	@grep -h "rainkernels:" $(VENV)/build.log | sort -u | sed 's/^ *//' || true
+	@touch $@

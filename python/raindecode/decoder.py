@@ -1,0 +1,276 @@
+"""Decoder: the public face. Loads a model and answers prompts with any search and policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from raindecode import testbed
+from raindecode.engine.branch import Ledger
+from raindecode.engine.engine import Engine, Task
+from raindecode.engine.exact import ExactMode
+from raindecode.engine.loader import build_engine, load_pretrained
+from raindecode.errors import ConfigError, ModelError, PromptError
+from raindecode.policy.policy import Policy
+from raindecode.policy.prompt import ChatFormat
+from raindecode.progress import ProgressDisplay
+from raindecode.search.context import SearchContext
+from raindecode.search.rain import RAIN
+from raindecode.search.sampling import Sampling
+from raindecode.text import Codec
+from raindecode.types import Completion, Request
+
+Prompt: TypeAlias = "str | Sequence[int]"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FALLBACK_CONTEXT = 2048
+
+
+class Decoder:
+    """A frozen language model behind the tree engine.
+
+    Args:
+        model: a decoder-only transformers model in eval mode; its attention implementation is switched.
+        tokenizer: its tokenizer.
+        name: what to call it in reports.
+        format: how plain prompts are written for it when neither policy nor search says; None feeds them as they are.
+        kv_tokens: capacity of the KV pool in tokens; None sizes it from memory.
+        exact: None turns exact mode on where it holds (float32 on a CPU), True insists on it, False leaves it off.
+        max_concurrent: requests advanced together.
+
+    Raises:
+        UnsupportedModelError: the architecture cannot be served; the message names it and the reason.
+        ConfigError: a setting lies outside what is allowed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "model",
+        format: ChatFormat | None = None,
+        kv_tokens: int | None = None,
+        exact: bool | None = None,
+        max_concurrent: int = 32,
+    ) -> None:
+        if max_concurrent < 1:
+            raise ConfigError(f"max_concurrent is {max_concurrent}; allowed: 1 or more")
+        self.name = name
+        self.format = format
+        self.engine: Engine
+        self.exact: ExactMode
+        self.engine, self.exact = build_engine(model, kv_tokens=kv_tokens, exact=exact, max_tasks=max_concurrent)
+        self.codec = Codec(tokenizer, _eos_ids(model, tokenizer))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = "testbed",
+        *,
+        device: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> Decoder:
+        """Load "testbed" (the embedded model), a local folder, or a hub id.
+
+        Args:
+            device: "cpu", "cuda", "cuda:1"; None takes the GPU when there is one.
+            dtype: None takes float32 on a CPU and bfloat16 on a GPU.
+            options: passed to the constructor.
+
+        Raises:
+            ModelError, UnsupportedModelError, ConfigError: as the constructor, and when nothing can be loaded.
+        """
+        place = _device(device)
+        if dtype is not None and dtype not in _DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
+        number_type = _DTYPES[dtype] if dtype else (torch.float32 if place.type == "cpu" else torch.bfloat16)
+        path = str(testbed.WEIGHTS) if model == "testbed" else model
+        loaded, tokenizer = load_pretrained(path, device=place, dtype=number_type, trust_remote_code=trust_remote_code)
+        if model == "testbed":
+            options.setdefault("format", RAIN.preset("town").format)
+        return cls(loaded, tokenizer, name=model, **options)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the model was made for, prompt and answer together."""
+        config = self.engine.runner.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or _FALLBACK_CONTEXT)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        search: Sampling | RAIN | None = None,
+        policy: Policy | None = None,
+        max_new_tokens: int = 256,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        on_text: Callable[[int, str], None] | None = None,
+        progress: bool | None = None,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> list[Any]:
+        """Answer prompts together. The answers come in the order of the prompts.
+
+        Args:
+            prompts: one prompt or many; text, or token ids fed as they are.
+            search: Sampling() by default, or RAIN.
+            max_new_tokens: limit of each answer.
+            seed: of every prompt, or one each. An answer depends on its own prompt and seed only (exact mode), so give
+                different seeds to sample one prompt several times.
+            stop, stop_token_ids: end the answer, besides what the search and the model end on.
+            on_text: called with (index, piece) as text becomes final.
+            progress: show a progress display on stderr; None shows it on a terminal for work of some length.
+            errors: "raise" raises the first request's error after all others have finished; "return" puts errors in place.
+
+        Returns:
+            A Completion per prompt.
+
+        Raises:
+            PromptError: a prompt is empty, not text, or too long; nothing has run.
+            ConfigError: a setting is outside what is allowed; nothing has run.
+            CapacityError: the KV pool is too small for a request even alone.
+        """
+        requests = self.requests(
+            prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
+            stop_token_ids=stop_token_ids,
+        )  # fmt: skip
+        results: list[Any] = [None] * len(requests)
+        for index, outcome in self.stream(requests, search=search, on_text=on_text, progress=progress):
+            results[index] = outcome
+        failed = [r for r in results if isinstance(r, BaseException)]
+        if failed and errors == "raise":
+            raise failed[0]
+        return results
+
+    def requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        search: Sampling | RAIN | None = None,
+        policy: Policy | None = None,
+        max_new_tokens: int = 256,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+    ) -> list[Request]:
+        """Check prompts and settings and make requests of them. Raises as `generate`."""
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        every = cast("Sequence[Prompt]", [prompts] if single else prompts)
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")
+        if isinstance(stop, str):
+            raise ConfigError(f"stop is the string {stop!r}; give a list of strings, such as [{stop!r}]")
+        seeds = [seed] * len(every) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(every):
+            raise ConfigError(
+                f"{len(seeds)} seeds were given for {len(every)} prompts; give one seed, or one per prompt"
+            )
+        format = self._format(search, policy)
+        stops = tuple(stop) + (format.stop if format is not None and not isinstance(search, RAIN) else ())
+        return [
+            self._request(prompt, i, format, max_new_tokens, seeds[i], stops, frozenset(stop_token_ids))
+            for i, prompt in enumerate(every)
+        ]
+
+    def stream(
+        self,
+        requests: Sequence[Request],
+        *,
+        search: Sampling | RAIN | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+        progress: bool | None = None,
+    ) -> Iterator[tuple[int, Completion | BaseException]]:
+        """Run requests and yield (index, Completion or error) as each finishes."""
+        chosen = Sampling() if search is None else search
+        with ProgressDisplay.choose(progress, len(requests), searching=isinstance(chosen, RAIN)) as display:
+            tasks = (self._task(i, request, chosen, on_text, display) for i, request in enumerate(requests))
+            for task in self.engine.run(tasks):
+                display.finished(task.tag)
+                yield task.tag, task.result if task.error is None else task.error
+
+    def _task(
+        self,
+        index: int,
+        request: Request,
+        search: Sampling | RAIN,
+        on_text: Callable[[int, str], None] | None,
+        display: ProgressDisplay,
+    ) -> Task:
+        ledger = Ledger()
+        context = SearchContext(
+            engine=self.engine,
+            codec=self.codec,
+            ledger=ledger,
+            request=request,
+            on_text=None if on_text is None else lambda piece: on_text(index, piece),
+            on_progress=display.reporter(index),
+        )
+        return Task(search.search(context), ledger, tag=index)
+
+    def _format(self, search: Sampling | RAIN | None, policy: Policy | None) -> ChatFormat | None:
+        if policy is not None and policy.prompt is not None:
+            return policy.prompt
+        if isinstance(search, RAIN) and search.format is not None:
+            return search.format
+        return self.format
+
+    def _request(
+        self, prompt: Prompt, index: int, format: ChatFormat | None, max_new_tokens: int, seed: int,
+        stops: tuple[str, ...], stop_ids: frozenset[int],
+    ) -> Request:  # fmt: skip
+        where = f"prompt {index}"
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise PromptError(f"{where} is empty; give at least one character that is not white space")
+            text = prompt if format is None else format.render(prompt)
+            ids = self.codec.encode(text)
+        else:
+            ids = list(prompt)
+            vocabulary = self.engine.runner.model.config.get_text_config().vocab_size
+            if not ids or any(not 0 <= t < vocabulary for t in ids):
+                raise PromptError(
+                    f"{where} has {len(ids)} token ids; allowed: at least one, each from 0 to {vocabulary - 1}"
+                )
+            prompt = text = self.codec.decode(ids)
+        room = self.context_length - len(ids)
+        if room < 1:
+            raise PromptError(
+                f"{where} has {len(ids)} tokens with its format, the context of {self.name} {self.context_length}: "
+                f"shorten it to at most {self.context_length - 1} tokens"
+            )
+        if not 0 <= seed < 2**64:
+            raise ConfigError(f"seed is {seed}; allowed: 0 to 2**64 - 1")
+        return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}; allowed: cpu, cuda or cuda:N") from error
+    if place.type not in {"cpu", "cuda"}:
+        raise ConfigError(f"device is {name!r}; allowed: cpu, cuda or cuda:N")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is {name!r}, but torch sees no GPU here: use device='cpu', or see `raindecode doctor`"
+        )
+    return place
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every end-of-text id the model or its tokenizer names."""
+    found: set[int] = set()
+    for source in (model.generation_config, model.config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found |= set(value) if isinstance(value, (list, tuple)) else set() if value is None else {int(value)}
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"model is a {type(model).__name__}; give a transformers PreTrainedModel")
+    return found

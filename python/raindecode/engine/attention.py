@@ -1,0 +1,110 @@
+"""The attention function the engine registers with transformers: write new K/V to slots, attend over the tree."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from rainkernels.ops.attention import AttentionPlan, tree_attention
+from rainkernels.ops.kv import kv_write
+
+# transformers treats names with "flash", "sdpa", "flex_attention", "paged|" or "a/b" in a special way; this is none.
+IMPLEMENTATION = "rain_tree"
+
+
+class KVPool:
+    """K and V of every layer, `[num_slots, num_kv_heads, head_dim]` each, made when a layer first writes.
+
+    Layers may differ in heads and widths, so shapes are taken from the first forward, not guessed from a config.
+    """
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        self.num_slots = num_slots
+        self.device = device
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Pools of layer `index`; `key` and `value` `[T, num_kv_heads, head_dim]` give shape and dtype at first use."""
+        pools = self.layers.get(index)
+        if pools is None:
+            pools = self.layers[index] = (
+                torch.zeros(self.num_slots, *key.shape[1:], dtype=key.dtype, device=self.device),
+                torch.zeros(self.num_slots, *value.shape[1:], dtype=value.dtype, device=self.device),
+            )
+        return pools
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(t[0].numel() * t.element_size() for pair in self.layers.values() for t in pair)
+
+
+@dataclass
+class TreeContext:
+    """What travels through `model(tree=...)` to the attention of every layer."""
+
+    pool: KVPool
+    slot_mapping: Tensor  # [T] int32
+    plan: AttentionPlan
+    layers_seen: set[int] = field(default_factory=set)
+
+
+# For the few model files that drop unknown keyword arguments on their way down.
+_current: ContextVar[TreeContext | None] = ContextVar("raindecode_tree", default=None)
+
+
+def rain_tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    tree: TreeContext | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over the KV tree.
+
+    Args:
+        query: [1, num_qo_heads, T, head_dim], rotary applied.
+        key, value: [1, num_kv_heads, T, head_dim], not repeated.
+        sliding_window: a key is visible when its distance along the path is smaller.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
+        s_aux: [num_qo_heads] sinks (gpt-oss).
+    Returns:
+        [1, T, num_qo_heads, head_dim of value], and None for the weights.
+    """
+    context = tree if tree is not None else _current.get()
+    if context is None or query.shape[0] != 1:
+        raise RuntimeError(
+            f"{IMPLEMENTATION} attention runs inside raindecode's engine: use Decoder, or set another implementation"
+        )
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    context.layers_seen.add(index)
+    k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    k_pool, v_pool = context.pool.layer(index, k, v)
+    kv_write(k, v, k_pool, v_pool, context.slot_mapping)
+    out = tree_attention(
+        query[0].transpose(0, 1),
+        k_pool,
+        v_pool,
+        context.plan,
+        softmax_scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=0.0 if softcap is None else float(softcap),
+        sliding_window=0 if sliding_window is None else int(sliding_window),
+        sinks=s_aux,
+    )
+    return out.unsqueeze(0), None
+
+
+# No mask function is registered: transformers then builds no mask at all, which is what a tree needs.
+AttentionInterface.register(IMPLEMENTATION, rain_tree_attention)

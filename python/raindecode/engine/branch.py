@@ -1,0 +1,144 @@
+"""Branch: a token path of one request, and Ledger: what that request has used."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from raindecode.engine.kv_tree import Cursor, KVTree, Node
+from raindecode.engine.rng import mix
+
+
+class Ledger:
+    """Exact, machine-independent accounts of one request.
+
+    Attributes:
+        tokens_processed: distinct token prefixes the request had run; independent of batch-mates and of what was cached.
+        tokens_charged: rows actually run on its behalf.
+        model_steps: forwards it took part in.
+        kv_tokens_peak: the largest number of KV tokens its branches were seen to hold together (see `measure`).
+        seconds: wall time by phase; the time of a shared step is divided by rows.
+    """
+
+    def __init__(self) -> None:
+        self.tokens_processed = 0
+        self.tokens_charged = 0
+        self.model_steps = 0
+        self.kv_tokens_peak = 0
+        self.seconds: dict[str, float] = {}
+        self.branches: set[Branch] = set()
+        self._seen: set[int] = set()
+
+    def count(self, path_hash: int) -> None:
+        """Count a token prefix the first time the request has it run."""
+        if path_hash not in self._seen:
+            self._seen.add(path_hash)
+            self.tokens_processed += 1
+
+    def measure(self) -> None:
+        """Note how many KV tokens the open branches hold together; searches call it where they hold most."""
+        held: dict[Node, int] = {}
+        for branch in self.branches:
+            if branch.cursor is None:
+                continue
+            node: Node | None = branch.cursor.node
+            offset = branch.cursor.offset
+            while node is not None and held.get(node, -1) < offset:
+                fresh = node not in held
+                held[node] = offset
+                if not fresh:
+                    break
+                node = node.parent
+                offset = len(node.tokens) if node is not None else 0
+        self.kv_tokens_peak = max(self.kv_tokens_peak, sum(held.values()))
+
+    def release(self) -> None:
+        """Release every branch still open. Called when a request ends, whatever way it ends."""
+        for branch in list(self.branches):
+            branch.release()
+        self._seen.clear()
+
+
+class Branch:
+    """A token path. Appending is free; tokens run when something downstream is wanted.
+
+    Attributes:
+        hash: 128-bit hash of the namespace and every token, pending ones included.
+        length: number of tokens, pending ones included.
+        reserve: slots to keep in one run when the branch starts a new one.
+    """
+
+    __slots__ = ("_hashes", "cursor", "hash", "ledger", "length", "pending", "reserve", "tree")
+
+    def __init__(self, tree: KVTree, ledger: Ledger, cursor: Cursor, path_hash: int, length: int) -> None:
+        self.tree = tree
+        self.ledger = ledger
+        self.cursor: Cursor | None = cursor
+        self.hash = path_hash
+        self.length = length
+        self.pending: list[int] = []
+        self._hashes: list[int] = []
+        self.reserve = 0
+        ledger.branches.add(self)
+
+    @classmethod
+    def open(cls, tree: KVTree, ledger: Ledger, tokens: Sequence[int], namespace: Hashable = None) -> Branch:
+        """A new branch of `tokens` in `namespace`. Cached prefixes are found when it first runs."""
+        seed = 0
+        for byte in repr(namespace).encode():  # not hash(): that changes from process to process
+            seed = mix(seed, byte)
+        branch = cls(tree, ledger, tree.root(namespace), seed, 0)
+        branch.append(tokens)
+        return branch
+
+    def fork(self, *, reserve: int = 0) -> Branch:
+        """A second branch with the same tokens. Copies no K/V."""
+        other = Branch(self.tree, self.ledger, self.tree.fork(self.live()), self.hash, self.length)
+        other.pending = list(self.pending)
+        other._hashes = list(self._hashes)
+        other.reserve = reserve
+        return other
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Add tokens to the path. Nothing runs yet."""
+        state = self.hash
+        for token in tokens:
+            state = mix(state, token + 1)
+            self._hashes.append(state)
+        self.pending.extend(tokens)
+        self.hash = state
+        self.length += len(tokens)
+
+    def tokens(self) -> list[int]:
+        """The whole path, pending tokens included."""
+        return self.tree.tokens(self.live()) + self.pending
+
+    def account(self) -> None:
+        """Book the pending tokens: they are about to run."""
+        for path_hash in self._hashes:
+            self.ledger.count(path_hash)
+
+    def settle(self) -> None:
+        """The pending tokens have run."""
+        self.pending = []
+        self._hashes = []
+
+    def unpin(self) -> None:
+        """Give up the hold on the path's K/V but remember its tokens: they run again when next needed."""
+        cursor = self.live()
+        if cursor.length:
+            # Their hashes were counted when they first ran; counting again is a no-op by construction.
+            self.pending = self.tree.tokens(cursor) + self.pending
+            self.tree.rewind(cursor, cursor.length)
+
+    def release(self) -> None:
+        """Close the branch. Safe to call twice."""
+        if self.cursor is not None:
+            self.tree.release(self.cursor)
+            self.cursor = None
+            self.ledger.branches.discard(self)
+
+    def live(self) -> Cursor:
+        """The cursor of a branch that is open."""
+        if self.cursor is None:
+            raise RuntimeError("this branch was released")
+        return self.cursor

@@ -1,0 +1,362 @@
+"""Engine: advances many searches together, one shared forward per step.
+
+    plan -> forward -> commit -> answer -> resume
+
+A step takes what every running search wants, inserts the tokens into the KV tree, runs only the tokens the tree did not
+have, and hands each search its answer. Prefill, decode, rollouts, candidate chains and evaluation prompts of all
+requests share the forward.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raindecode.engine import sampler
+from raindecode.engine.batch import build_batches
+from raindecode.engine.branch import Branch, Ledger
+from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
+from raindecode.engine.model_runner import ModelRunner
+from raindecode.engine.rng import uniforms
+from raindecode.engine.types import Got, HostCall, Search, Want
+from raindecode.errors import CapacityError, RainDecodeError, RequestCancelled
+
+# Every engine alive, so that a test can assert that no request left a slot behind.
+LIVE_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+_KEPT_BYTES = 256 * 2**20  # rows of logits held for Want.keep
+
+LogitsRow = npt.NDArray[np.float32]
+
+
+class Task:
+    """A search in progress with its accounts. `result` or `error` is set when `done`."""
+
+    def __init__(self, search: Search, ledger: Ledger, tag: Any = None) -> None:
+        self.search = search
+        self.ledger = ledger
+        self.tag = tag
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.done = False
+        self.paused = False
+        self.cancelled = False
+        self.wants: Sequence[Want] = ()
+        self.answers: list[Got | None] = []
+        self.host: HostCall | None = None
+
+    def cancel(self) -> None:
+        """End the request at the next step; its slots are freed and `error` is RequestCancelled."""
+        self.cancelled = True
+
+
+@dataclass
+class _Plan:
+    """Rows of one step, and for every planned want the task, its index, the slot of its last token, and its kept logits."""
+
+    rows: dict[int, Row] = field(default_factory=dict)
+    served: list[tuple[Task, int, int, LogitsRow | None]] = field(default_factory=list)
+    charged: dict[Task, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Runs searches over one model.
+
+    Args:
+        runner: the model behind the tree.
+        tree: slots; must have as many as the runner's pool.
+        max_tasks: requests advanced together; others wait.
+        max_rows: tokens of one forward; longer steps are cut into several.
+        pad_rows: in the padded exact mode, the fixed row count of every forward; 0 for none.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, tree: KVTree, *, max_tasks: int = 32, max_rows: int = 1024, pad_rows: int = 0
+    ) -> None:
+        self.runner = runner
+        self.tree = tree
+        self.max_tasks = max_tasks
+        self.max_rows = pad_rows or max_rows
+        self.pad_rows = pad_rows
+        self.model_steps = 0
+        self._running: list[Task] = []
+        self._waiting: deque[Task] = deque()
+        self._kept: OrderedDict[int, LogitsRow] = OrderedDict()
+        self._kept_bytes = 0
+        LIVE_ENGINES.add(self)
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+    def submit(self, task: Task) -> None:
+        """Queue a task. It starts when fewer than `max_tasks` run."""
+        self._waiting.append(task)
+
+    def open(self, ledger: Ledger, tokens: Sequence[int]) -> Branch:
+        """A branch of `tokens`; nothing runs yet."""
+        return Branch.open(self.tree, ledger, tokens)
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """Run tasks to the end, yielding each as it finishes. Closing the iterator cancels what is left."""
+        source = iter(tasks)
+        mine: set[Task] = set()
+        try:
+            exhausted = False
+            while not exhausted or mine:
+                while not exhausted and len(mine) < self.max_tasks:
+                    task = next(source, None)
+                    if task is None:
+                        exhausted = True
+                    else:
+                        mine.add(task)
+                        self.submit(task)
+                for task in self.step() if mine else ():
+                    mine.discard(task)
+                    yield task
+        finally:
+            for task in mine:
+                self._finish(task, error=RequestCancelled("the call that started this request ended before it did"))
+
+    # ---- one step -------------------------------------------------------------------------------------------------
+    def step(self) -> list[Task]:
+        """Advance every running task by one forward; the tasks that ended."""
+        ended = self._admit()
+        ended += self._call_hosts()
+        started = time.perf_counter()
+        plan = self._plan(ended)
+        if not plan.served:
+            return ended
+        planned = time.perf_counter()
+        logits = self._forward(plan)
+        self.tree.commit()
+        ran = time.perf_counter()
+        ready = self._answer(plan, logits)
+        self._book(plan, {"plan": planned - started, "model": ran - planned, "sample": time.perf_counter() - ran})
+        return ended + self._resume(ready)
+
+    def _admit(self) -> list[Task]:
+        ended: list[Task] = []
+        for task in [t for t in self._running if t.cancelled]:
+            self._finish(task, error=RequestCancelled("the request was cancelled"))
+            ended.append(task)
+        while self._waiting and len(self._running) < self.max_tasks:
+            task = self._waiting.popleft()
+            self._running.append(task)
+            ended += self._resume([(task, None)])
+        return ended
+
+    def _call_hosts(self) -> list[Task]:
+        """Run host functions, one batch per function, until every running task wants the model."""
+        ended: list[Task] = []
+        while calls := [t for t in self._running if t.host is not None]:
+            groups: dict[Any, list[Task]] = {}
+            for task in calls:
+                assert task.host is not None
+                groups.setdefault(task.host.function, []).append(task)
+            for function, tasks in groups.items():
+                ended += self._resume(_call_together(function, tasks))
+        return ended
+
+    def _plan(self, ended: list[Task]) -> _Plan:
+        """Insert the wanted tokens into the tree, oldest request first. Requests that do not fit wait for slots."""
+        while True:
+            plan = _Plan()
+            if self._running and all(t.paused for t in self._running):
+                self._running[0].paused = False
+            active = [t for t in self._running if not t.paused]
+            for task in active:
+                if not self._insert(task, plan):
+                    break  # younger requests must not take the slots this one waits for
+            if plan.served or not active:
+                return plan
+            if len(active) > 1:
+                self._pause(active[-1])
+                continue
+            task = active[0]
+            self._finish(task, error=self._too_small(task))
+            ended.append(task)
+            self._wake()
+
+    def _insert(self, task: Task, plan: _Plan) -> bool:
+        """Insert the unanswered wants of a task; False when the slots ran out."""
+        for i, want in enumerate(task.wants):
+            if task.answers[i] is not None:
+                continue
+            branch = want.branch
+            cursor = branch.live()
+            tokens: Sequence[int] = branch.pending
+            kept = self._kept.get(branch.hash) if want.needs_logits else None
+            again = want.needs_logits and kept is None
+            if again and not tokens and cursor.length:
+                tokens = [cursor.node.tokens[cursor.offset - 1]]
+                self.tree.rewind(cursor, 1)
+            try:
+                rows = self.tree.extend(cursor, tokens, reserve=branch.reserve, last=again)
+            except OutOfSlots:
+                return False
+            branch.account()
+            branch.settle()
+            fresh = [row for row in rows if row.slot not in plan.rows]
+            plan.rows.update((row.slot, row) for row in fresh)
+            plan.charged[task] = plan.charged.get(task, 0) + len(fresh)
+            plan.served.append((task, i, cursor.node.slots[cursor.offset - 1] if cursor.length else -1, kept))
+        return True
+
+    def _forward(self, plan: _Plan) -> dict[int, LogitsRow]:
+        """Run the planned rows; host logits by slot for the wants that need them."""
+        wanted = {slot for task, i, slot, _ in plan.served if task.wants[i].needs_logits and slot in plan.rows}
+        logits: dict[int, LogitsRow] = {}
+        if not plan.rows:
+            return logits
+        try:
+            for batch in build_batches(plan.rows.values(), self.runner.device, self.max_rows, self.pad_rows):
+                slots = [slot for slot in batch.row_of_slot if slot in wanted]
+                out = self.runner.forward(batch, [batch.row_of_slot[slot] for slot in slots])
+                self.model_steps += 1
+                if slots:
+                    logits.update(zip(slots, sampler.rows_to_host(out), strict=True))
+        except BaseException:
+            self._abandon(plan)
+            raise
+        return logits
+
+    def _answer(self, plan: _Plan, logits: dict[int, LogitsRow]) -> list[tuple[Task, Any]]:
+        """Draw what was wanted; the tasks whose wants are all answered, with what to send them."""
+        draws = [d for task, i, _, _ in plan.served for d in task.wants[i].draws]
+        numbers = iter(uniforms([d.key for d in draws], [d.counter for d in draws])) if draws else iter(())
+        failed: dict[Task, BaseException] = {}
+        for task, i, slot, kept in plan.served:
+            want = task.wants[i]
+            mine = [next(numbers) for _ in want.draws]
+            try:
+                task.answers[i] = self._got(want, logits.get(slot, kept), mine)
+            except FloatingPointError as error:
+                failed[task] = error
+        ready: list[tuple[Task, Any]] = list(failed.items())
+        for task in dict.fromkeys(task for task, *_ in plan.served):
+            if task not in failed and all(answer is not None for answer in task.answers):
+                ready.append((task, task.answers))
+        return ready
+
+    def _got(self, want: Want, row: LogitsRow | None, numbers: list[float]) -> Got:
+        got = Got()
+        if want.needs_logits:
+            assert row is not None
+            got.drawn = [
+                sampler.draw(row, d.shape, None if d.greedy else u, d.context)
+                for d, u in zip(want.draws, numbers, strict=True)
+            ]
+            if want.top:
+                got.top_ids, got.top_probs = sampler.top_probs(row, want.top)
+            got.gathered = [float(row[i]) for i in want.gather]
+            got.logits = row if want.logits else None
+            if want.keep:
+                self._keep(want.branch.hash, row)
+        if want.pool_from:
+            first = want.pool_from[0]
+            slots = np.array(self.tree.slots(want.branch.live())[first:], dtype=np.int64)
+            starts = [at - first for at in want.pool_from]
+            got.pooled = self.runner.mean_hidden(torch.from_numpy(slots).to(self.runner.device), starts).cpu()
+        return got
+
+    def _resume(self, ready: Sequence[tuple[Task, Any]]) -> list[Task]:
+        """Send each task its answers (or throw its error) and note what it wants next; the tasks that ended."""
+        ended: list[Task] = []
+        for task, value in ready:
+            try:
+                if isinstance(value, BaseException):
+                    wanted = task.search.throw(value)
+                else:
+                    wanted = task.search.send(value)
+            except StopIteration as stop:
+                self._finish(task, result=stop.value)
+                ended.append(task)
+            except Exception as error:
+                self._finish(task, error=error)
+                ended.append(task)
+            else:
+                task.host = wanted if isinstance(wanted, HostCall) else None
+                task.wants = () if isinstance(wanted, HostCall) else wanted
+                task.answers = [None] * len(task.wants)
+        return ended
+
+    # ---- bookkeeping ----------------------------------------------------------------------------------------------
+    def _book(self, plan: _Plan, seconds: dict[str, float]) -> None:
+        total = sum(plan.charged.values()) or 1
+        tasks = dict.fromkeys(task for task, *_ in plan.served)
+        for task in tasks:
+            rows = plan.charged.get(task, 0)
+            task.ledger.tokens_charged += rows
+            task.ledger.model_steps += 1 if plan.rows else 0
+            share = rows / total if plan.rows else 1.0 / len(tasks)
+            for phase, spent in seconds.items():
+                task.ledger.seconds[phase] = task.ledger.seconds.get(phase, 0.0) + spent * share
+
+    def _keep(self, path_hash: int, row: LogitsRow) -> None:
+        if path_hash in self._kept:
+            self._kept.move_to_end(path_hash)
+            return
+        self._kept[path_hash] = row.copy()
+        self._kept_bytes += row.nbytes
+        while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:
+            _, old = self._kept.popitem(last=False)
+            self._kept_bytes -= old.nbytes
+
+    def _pause(self, task: Task) -> None:
+        """Take a request's slots away; it goes on, from its tokens, when others have finished."""
+        task.paused = True
+        for branch in task.ledger.branches:
+            branch.unpin()
+
+    def _wake(self) -> None:
+        for task in self._running:
+            task.paused = False
+
+    def _finish(self, task: Task, *, result: Any = None, error: BaseException | None = None) -> None:
+        task.search.close()
+        task.ledger.release()
+        task.result, task.error, task.done = result, error, True
+        if task in self._running:
+            self._running.remove(task)
+            self._wake()
+        elif task in self._waiting:
+            self._waiting.remove(task)
+
+    def _abandon(self, plan: _Plan) -> None:
+        """A forward failed: undo the insertion and end the requests in it."""
+        self.tree.rollback()
+        reason = RainDecodeError("the forward this request was part of failed; see the error that was raised")
+        for task in dict.fromkeys(task for task, *_ in plan.served):
+            self._finish(task, error=reason)
+
+    def _too_small(self, task: Task) -> CapacityError:
+        longest = max((branch.length for branch in task.ledger.branches), default=0)
+        return CapacityError(
+            f"the KV pool holds {self.tree.num_slots} tokens, too few for this request alone (its longest branch has {longest}): "
+            "raise kv_tokens (Decoder.from_pretrained(..., kv_tokens=N) or --kv-tokens N), or shorten the prompt"
+        )
+
+
+def _call_together(function: Any, tasks: Sequence[Task]) -> list[tuple[Task, Any]]:
+    """One call for all tasks; when it fails, one call each, so that only the request at fault ends."""
+    items = [item for task in tasks if task.host is not None for item in task.host.items]
+    try:
+        results = list(function(items))
+        if len(results) != len(items):
+            raise ValueError(f"{len(items)} items were given and {len(results)} results came back")
+    except Exception as error:
+        if len(tasks) == 1:
+            return [(tasks[0], error)]
+        return [pair for task in tasks for pair in _call_together(function, [task])]
+    ready: list[tuple[Task, Any]] = []
+    at = 0
+    for task in tasks:
+        assert task.host is not None
+        ready.append((task, results[at : at + len(task.host.items)]))
+        at += len(task.host.items)
+    return ready

@@ -1,0 +1,137 @@
+"""Loads a model and its tokenizer, and puts an engine behind them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from raindecode import env
+from raindecode.engine.engine import Engine
+from raindecode.engine.exact import PADDED_ROWS, ExactMode, use_rowwise_activations
+from raindecode.engine.kv_tree import KVTree
+from raindecode.engine.model_runner import ModelRunner, check_architecture
+from raindecode.engine.probe import check_against_stock, rows_are_invariant, stock_logits
+from raindecode.errors import ConfigError, ModelError, UnsupportedModelError
+
+_log = logging.getLogger("raindecode")
+_POOL_BYTES_CPU = 2**30  # default size of the KV pool on a CPU
+_POOL_SHARE_GPU = 0.85  # share of free GPU memory the pool takes by default
+_MAX_DEFAULT_TOKENS = 1 << 17
+
+
+def load_pretrained(
+    path: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a local folder or a hub id.
+
+    Raises:
+        ModelError: nothing is there, or what is there does not load.
+        UnsupportedModelError: it is not a causal language model.
+    """
+    local = Path(path).expanduser()
+    if local.exists() and not (local / "config.json").exists():
+        raise ModelError(
+            f"{path!r} has no config.json: give a folder saved by transformers' save_pretrained, a hub id, or 'testbed'"
+        )
+    source = str(local) if local.exists() else path
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"no model at {path!r}: it is no local folder and could not be read as a hub id ({_first_line(error)}); "
+            "give 'testbed', a folder with config.json, or a hub id that is cached or reachable"
+        ) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{path!r} (model_type {config.model_type!r}) is not a causal language model transformers can load: {_first_line(error)}"
+        ) from error
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ModelError(f"the weights of {path!r} could not be loaded: {_first_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # tokenizers raise many kinds, some bare Exception
+        raise ModelError(f"the tokenizer of {path!r} could not be loaded: {_first_line(error)}") from error
+    torch.nn.Module.to(model, device)
+    return model.eval(), tokenizer
+
+
+def build_engine(
+    model: PreTrainedModel,
+    *,
+    kv_tokens: int | None = None,
+    exact: bool | None = None,
+    max_tasks: int = 32,
+    verify: bool = True,
+) -> tuple[Engine, ExactMode]:
+    """An engine for `model`, and the exact mode it runs in.
+
+    Args:
+        kv_tokens: capacity of the KV pool in tokens; None takes RAINDECODE_KV_TOKENS, or what a share of memory holds.
+        exact: None turns exact mode on for float32 on a CPU when the probe passes; True insists; False leaves it off.
+        verify: compare with the stock model on a few tokens, so that an architecture that cannot be served is refused.
+
+    Raises:
+        UnsupportedModelError: the architecture cannot be served.
+        ConfigError: kv_tokens is not positive, or exact mode was insisted on and does not hold here.
+    """
+    check_architecture(model)
+    kv_tokens = env.kv_tokens() if kv_tokens is None else kv_tokens
+    if kv_tokens is not None and kv_tokens < 1:
+        raise ConfigError(f"kv_tokens is {kv_tokens}; allowed: 1 or more tokens")
+    on_cpu_fp32 = model.device.type == "cpu" and model.dtype == torch.float32
+    if exact and not on_cpu_fp32:
+        raise ConfigError(
+            f"exact mode needs float32 on a CPU; this model is {model.dtype} on {model.device}: use exact=None or False"
+        )
+    stock = stock_logits(model) if verify else None
+    wants_exact = on_cpu_fp32 if exact is None else exact
+    if wants_exact:
+        use_rowwise_activations(model)
+    runner = ModelRunner(model, num_slots=_PROBE_SLOTS)
+    probe = Engine(runner, KVTree(_PROBE_SLOTS))
+    if stock is not None:
+        check_against_stock(probe, stock)
+    mode = _exact_mode(probe) if wants_exact else "off"
+    if exact and mode == "off":
+        raise ConfigError(
+            "exact mode was asked for, but rows of a forward depend on their number on this machine, padded or not"
+        )
+    tokens = kv_tokens or default_kv_tokens(runner)
+    runner.resize(tokens + 1)
+    engine = Engine(runner, KVTree(tokens + 1), max_tasks=max_tasks, pad_rows=PADDED_ROWS if mode == "padded" else 0)
+    return engine, mode
+
+
+_PROBE_SLOTS = 512
+
+
+def _exact_mode(engine: Engine) -> ExactMode:
+    if rows_are_invariant(engine):
+        return "rows"
+    padded = Engine(engine.runner, KVTree(_PROBE_SLOTS), pad_rows=PADDED_ROWS)
+    if rows_are_invariant(padded):
+        _log.warning("exact mode pads every forward to %d rows: MKL's strict mode is not active here", PADDED_ROWS)
+        return "padded"
+    _log.warning("exact mode is off: results may differ in the last bits with the number of requests in a batch")
+    return "off"
+
+
+def default_kv_tokens(runner: ModelRunner) -> int:
+    """Tokens the KV pool holds when the user does not say."""
+    per_token = max(runner.bytes_per_token, 1)
+    if runner.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(runner.device)
+        return max(1024, int(free * _POOL_SHARE_GPU) // per_token)
+    return max(1024, min(_MAX_DEFAULT_TOKENS, _POOL_BYTES_CPU // per_token))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,169 @@
+"""ModelRunner: runs one transformers model over token batches, K/V in tree slots, hidden states kept per slot."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from raindecode.engine import attention
+from raindecode.engine.attention import IMPLEMENTATION, KVPool, TreeContext
+from raindecode.engine.batch import TokenBatch
+from raindecode.errors import UnsupportedModelError
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+# State that runs along the sequence cannot follow a tree of branches packed into one row.
+_STATEFUL_TYPES = {
+    "bamba",
+    "falcon_h1",
+    "falcon_mamba",
+    "granitemoehybrid",
+    "jamba",
+    "jetmoe_hybrid",
+    "lfm2",
+    "lfm2_moe",
+    "mamba",
+    "mamba2",
+    "minimax",
+    "nemotron_h",
+    "qwen3_5",
+    "qwen3_next",
+    "recurrent_gemma",
+    "rwkv",
+    "zamba",
+    "zamba2",
+}
+
+
+class ModelRunner:
+    """One model behind the tree.
+
+    Args:
+        model: a decoder-only transformers model in eval mode. Its attention implementation is switched.
+        num_slots: slots of the KV pool, the trash slot included.
+
+    Raises:
+        UnsupportedModelError: the architecture cannot be served; the message names it and says why.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_slots: int) -> None:
+        check_architecture(model)
+        self.model = model
+        self.device = torch.device(model.device)
+        self.pool = KVPool(num_slots, self.device)
+        self.hidden: Tensor | None = None  # [num_slots, hidden_size], final hidden state of the token in each slot
+        self._last_hidden: Tensor | None = None
+        self._takes_index = "logits_to_keep" in inspect.signature(model.forward).parameters
+        model.set_attn_implementation(IMPLEMENTATION)
+        if model.config._attn_implementation != IMPLEMENTATION:
+            raise UnsupportedModelError(
+                f"{architecture(model)} does not go through transformers' attention interface, so its attention cannot "
+                "be replaced: convert the model to an architecture that does (for example Llama, Qwen, Mistral or Gemma)"
+            )
+        model.base_model.register_forward_hook(self._catch_hidden)
+
+    @torch.inference_mode()
+    def forward(self, batch: TokenBatch, wanted: Sequence[int]) -> Tensor:
+        """Run the rows of a batch; logits `[len(wanted), vocabulary]` of the rows named."""
+        context = TreeContext(self.pool, batch.slot_mapping, batch.plan)
+        index = torch.tensor(list(wanted) or [0], device=self.device)
+        options: dict[str, Any] = {"logits_to_keep": index} if self._takes_index else {}
+        token = attention._current.set(context)
+        try:
+            out = self.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                tree=context,
+                **options,
+            )
+        finally:
+            attention._current.reset(token)
+        self._check_layers(context)
+        self._keep_hidden(batch.slot_mapping)
+        logits: Tensor = out.logits[0]
+        return logits if self._takes_index else logits[index]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes one slot takes in all pools; 0 before the first forward."""
+        hidden = 0 if self.hidden is None else self.hidden.shape[1] * self.hidden.element_size()
+        return self.pool.bytes_per_token + hidden
+
+    def resize(self, num_slots: int) -> None:
+        """Start over with empty pools of `num_slots` slots."""
+        self.pool = KVPool(num_slots, self.device)
+        self.hidden = None
+
+    def mean_hidden(self, slots: Tensor, starts: Sequence[int]) -> Tensor:
+        """Means of the final hidden states from each of `starts` to the end of a path.
+
+        Args:
+            slots: [n] int64 slots of the path.
+            starts: indices into the path, ascending.
+        Returns:
+            [len(starts), hidden_size] float32.
+        """
+        assert self.hidden is not None
+        states = self.hidden[slots].float()
+        sums = torch.flip(torch.cumsum(torch.flip(states, (0,)), 0), (0,))
+        lengths = torch.tensor([len(slots) - s for s in starts], dtype=torch.float32, device=self.device)
+        return sums[list(starts)] / lengths[:, None]
+
+    def _catch_hidden(self, _module: object, _args: object, output: Any) -> None:
+        self._last_hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+
+    def _keep_hidden(self, slot_mapping: Tensor) -> None:
+        states = self._last_hidden
+        self._last_hidden = None
+        if states is None:
+            return
+        if self.hidden is None:
+            self.hidden = torch.zeros(self.pool.num_slots, states.shape[-1], dtype=states.dtype, device=self.device)
+        self.hidden.index_copy_(0, slot_mapping.long(), states[0])
+
+    def _check_layers(self, context: TreeContext) -> None:
+        expected = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
+        if expected is not None and len(context.layers_seen) != expected:
+            raise UnsupportedModelError(
+                f"{architecture(self.model)}: {len(context.layers_seen)} of its {expected} layers use attention that reads "
+                "the KV tree; a model with other kinds of layers cannot be served"
+            )
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """Class and model type, for messages."""
+    return f"{type(model).__name__} (model_type {model.config.model_type!r})"
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """Refuse what cannot be decoded over a tree.
+
+    Raises:
+        UnsupportedModelError: names the architecture and the reason.
+    """
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{architecture(model)} is an encoder-decoder model; only decoder-only models are served"
+        )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{architecture(model)} has no language-model head; only causal language models are served"
+        )
+    text = config.get_text_config()
+    stateful = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS)
+    if stateful or text.model_type in _STATEFUL_TYPES:
+        kinds = ", ".join(stateful) or "recurrent state"
+        raise UnsupportedModelError(
+            f"{architecture(model)} has layers of another kind than attention ({kinds}): their state runs along the sequence "
+            "and would leak from branch to branch, so this architecture is refused"
+        )
+    if getattr(text, "is_decoder", True) is False and text.model_type in {"bert", "roberta", "xlm-roberta", "electra"}:
+        raise UnsupportedModelError(
+            f"{architecture(model)} attends in both directions; only decoder-only models are served"
+        )

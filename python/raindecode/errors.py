@@ -1,0 +1,46 @@
+"""Errors of the decoder. Each says what was given, what is allowed and what to do; the CLI turns them into exit code 2."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CapacityError",
+    "ConfigError",
+    "EvaluatorError",
+    "ModelError",
+    "PromptError",
+    "RainDecodeError",
+    "RequestCancelled",
+    "UnsupportedModelError",
+]
+
+
+class RainDecodeError(Exception):
+    """Base of every error of this package."""
+
+
+class ConfigError(RainDecodeError, ValueError):
+    """A setting lies outside what is allowed."""
+
+
+class PromptError(RainDecodeError, ValueError):
+    """A prompt is empty, too long for the context, or not text."""
+
+
+class ModelError(RainDecodeError, ValueError):
+    """A model or tokenizer could not be found or loaded."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model loads, but the engine cannot serve its architecture; the message names it and the reason."""
+
+
+class CapacityError(RainDecodeError, RuntimeError):
+    """The KV pool is too small for one request, even alone."""
+
+
+class EvaluatorError(RainDecodeError, RuntimeError):
+    """An evaluator or embedder raised, or returned something that is not a score per item."""
+
+
+class RequestCancelled(RainDecodeError):
+    """The request was cancelled before it finished."""

@@ -1,0 +1,84 @@
+"""What every search is given, and how several of its jobs advance in lock-step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raindecode.engine.branch import Ledger
+from raindecode.engine.engine import Engine
+from raindecode.engine.types import HostCall, Search, Want
+from raindecode.text import Codec
+from raindecode.types import Request, Stats
+
+
+@dataclass(frozen=True)
+class SearchContext:
+    """One request's surroundings.
+
+    Attributes:
+        on_text: called with each piece of committed text, when streaming.
+        on_progress: called with (tokens committed, iterations) as the search advances.
+    """
+
+    engine: Engine
+    codec: Codec
+    ledger: Ledger
+    request: Request
+    on_text: Callable[[str], None] | None = None
+    on_progress: Callable[[int, int], None] | None = None
+
+    def stats(self, *, iterations: int = 0, evaluations: int = 0) -> Stats:
+        """The request's counters so far."""
+        self.ledger.measure()
+        ledger = self.ledger
+        return Stats(
+            model_steps=ledger.model_steps,
+            tokens_processed=ledger.tokens_processed,
+            tokens_charged=ledger.tokens_charged,
+            kv_tokens_peak=ledger.kv_tokens_peak,
+            iterations=iterations,
+            evaluations=evaluations,
+            seconds=dict(ledger.seconds),
+        )
+
+
+def together(*jobs: Search) -> Generator[Any, Any, list[Any]]:
+    """Advance jobs in lock-step: what they want goes into the same forwards. Their results, in order.
+
+    A host call of one job is made before the others' next forward.
+    """
+    results: list[Any] = [None] * len(jobs)
+    wanted: dict[int, Sequence[Want]] = {}
+    inbox: dict[int, Any] = dict.fromkeys(range(len(jobs)))
+    try:
+        while inbox:
+            for index in sorted(inbox):
+                value = inbox[index]
+                try:
+                    yielded = jobs[index].send(value)
+                    while isinstance(yielded, HostCall):
+                        try:
+                            answer = yield yielded
+                        except Exception as error:
+                            yielded = jobs[index].throw(error)
+                        else:
+                            yielded = jobs[index].send(answer)
+                except StopIteration as stop:
+                    results[index] = stop.value
+                else:
+                    wanted[index] = yielded
+            inbox = {}
+            if wanted:
+                order = sorted(wanted)
+                answers = yield [want for index in order for want in wanted[index]]
+                at = 0
+                for index in order:
+                    inbox[index] = answers[at : at + len(wanted[index])]
+                    at += len(wanted[index])
+                wanted = {}
+    finally:
+        for job in jobs:
+            job.close()
+    return results

@@ -1,0 +1,124 @@
+"""Embedders: unit vectors of path texts, for RAIN's similarity update between siblings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raindecode.engine.branch import Branch
+from raindecode.engine.types import Got, HostCall, Want
+from raindecode.errors import EvaluatorError
+from raindecode.search.context import SearchContext
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Suffixes of one token path, each a text to embed: from a search node's first token to the rollout's end.
+
+    Attributes:
+        branch: the path with the rollout at its end.
+        starts: ascending positions in the path.
+        texts: the suffixes as text.
+    """
+
+    branch: Branch
+    starts: list[int]
+    texts: Callable[[], list[str]]
+
+
+class Embedder(Protocol):
+    """Turns path texts into unit vectors."""
+
+    def dimension(self, context: SearchContext) -> int:
+        """Length of the vectors."""
+        ...
+
+    def embed(self, context: SearchContext, paths: Paths) -> Generator[Any, Any, Tensor]:
+        """[len(paths.starts), dimension] float32, rows of length 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """The language model's own mean final hidden state over the tokens of a path. Costs no extra forward.
+
+    Attributes:
+        center: subtract the mean state of the prompt's last tokens before normalising. Raw hidden states all point the
+            same way (cosines near 1 between any two texts), which would make every sibling look alike.
+    """
+
+    center: bool = True
+    _CENTER_TOKENS = 16
+
+    def dimension(self, context: SearchContext) -> int:
+        return int(context.engine.runner.model.config.get_text_config().hidden_size)
+
+    def embed(self, context: SearchContext, paths: Paths) -> Generator[Any, Any, Tensor]:
+        answers: list[Got] = yield [Want(paths.branch, pool_from=paths.starts)]
+        pooled = answers[0].pooled
+        assert pooled is not None
+        if self.center:
+            pooled = pooled - _prompt_center(context, self._CENTER_TOKENS, paths.branch)
+        return unit_rows(pooled)
+
+
+@dataclass(frozen=True)
+class TextEmbedder:
+    """A function of your own: texts -> vectors. Called once for all texts that are ready, of all requests."""
+
+    function: Callable[[list[str]], Any]
+    size: int
+
+    def dimension(self, context: SearchContext) -> int:
+        return self.size
+
+    def embed(self, context: SearchContext, paths: Paths) -> Generator[Any, Any, Tensor]:
+        try:
+            rows: Sequence[Any] = yield HostCall(self._rows, paths.texts())
+        except GeneratorExit:
+            raise
+        except Exception as error:
+            raise EvaluatorError(f"the embedder failed: {type(error).__name__}: {error}") from error
+        return unit_rows(torch.from_numpy(np.stack(rows)))
+
+    def _rows(self, texts: list[str]) -> list[Any]:
+        vectors = np.asarray(self.function(texts), dtype=np.float32)
+        if vectors.shape != (len(texts), self.size) or not np.isfinite(vectors).all():
+            raise ValueError(
+                f"it returned shape {vectors.shape}; allowed: finite numbers of shape ({len(texts)}, {self.size})"
+            )
+        return list(vectors)
+
+
+def sentence_transformer(name: str = "sentence-transformers/all-MiniLM-L6-v2") -> TextEmbedder:
+    """The published encoder, when the package sentence-transformers and its model are there.
+
+    Raises:
+        ImportError: sentence-transformers is not installed (pip install 'rainkernels[embed]').
+    """
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(name)
+    return TextEmbedder(
+        lambda texts: model.encode(texts, normalize_embeddings=True), int(model.get_sentence_embedding_dimension())
+    )
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Rows scaled to length 1; a zero row stays zero."""
+    norms = vectors.float().norm(dim=-1, keepdim=True)
+    unit: Tensor = vectors.float() / norms.clamp_min(1e-12)
+    return unit.contiguous()
+
+
+def _prompt_center(context: SearchContext, count: int, branch: Branch) -> Tensor:
+    """Mean hidden state of the last prompt tokens: the same vector for every path of a request."""
+    length = len(context.request.prompt_ids)
+    engine = context.engine
+    slots = np.array(engine.tree.slots(branch.live())[max(0, length - count) : length], dtype=np.int64)
+    return engine.runner.mean_hidden(torch.from_numpy(slots).to(engine.runner.device), [0]).cpu()

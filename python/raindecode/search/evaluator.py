@@ -1,0 +1,200 @@
+"""Evaluators: (prompt, response) -> a score in [-1, 1]. RAIN's self-evaluation, a Python callable, or a classifier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from raindecode.engine.branch import Branch
+from raindecode.engine.types import Got, HostCall, Want
+from raindecode.errors import ConfigError, EvaluatorError, ModelError
+from raindecode.search.context import SearchContext
+from raindecode.text import Codec
+
+ScoreFunction = Callable[[list[tuple[str, str]]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class JudgeTemplate:
+    """A multiple-choice question a model answers about a dialogue.
+
+    The evaluation prompt is `header + exchange + question`; the next token is the verdict. Asked in two orders, the
+    questions come last, so that the prompts share all tokens but their ends (Li et al. 2024, section 3.4 of RAIN).
+
+    Attributes:
+        header: instruction and few-shot verdicts.
+        turn: the exchange, as in ChatFormat.
+        good_first: question whose first option is the good one.
+        good_second: the same with the options swapped; None asks in one order only.
+        letters: the option letters, first and second.
+    """
+
+    header: str
+    turn: str
+    good_first: str
+    good_second: str | None
+    letters: tuple[str, str] = ("A", "B")
+
+    def prompts(self, prompt: str, reply: str) -> list[str]:
+        """The evaluation prompts, one per order."""
+        stem = self.header + self.turn.replace("{prompt}", prompt) + reply
+        questions = [self.good_first] if self.good_second is None else [self.good_first, self.good_second]
+        return [stem + question for question in questions]
+
+
+class Evaluator(Protocol):
+    """Scores responses. A generator, so that evaluation prompts share forwards with everything else."""
+
+    def evaluate(self, context: SearchContext, prompt: str, response: str) -> Generator[Any, Any, float]:
+        """Score one response to one prompt, from -1 (bad) to 1 (good)."""
+        ...
+
+
+@dataclass(frozen=True)
+class SelfEvaluation:
+    """The language model judges its own text, the options asked in both orders.
+
+    a = [p(good) > p(bad)] with the good option first, b the same with it second; score = 2 ((a + b) / 2 - 1/2), so in
+    {-1, 0, 1}. Ties count as bad. With one order the score is -1 or 1. Source: RAIN, section 3.4 and official code.
+    """
+
+    template: JudgeTemplate
+
+    def evaluate(self, context: SearchContext, prompt: str, response: str) -> Generator[Any, Any, float]:
+        cut, letters = _letters(context.codec, self.template)
+        branches: list[Branch] = []
+        for text in self.template.prompts(prompt, response):
+            ids = context.codec.encode(text)
+            branches.append(context.engine.open(context.ledger, ids[: len(ids) - cut]))
+        answers: list[Got] = yield [Want(branch, gather=letters) for branch in branches]
+        for branch in branches:
+            branch.release()
+        good = 0
+        for order, answer in enumerate(answers):
+            first, second = answer.gathered
+            good += first > second if order == 0 else second > first
+        return 2.0 * (good / len(answers) - 0.5)
+
+
+@dataclass(frozen=True)
+class CallableEvaluator:
+    """A function of your own: a list of (prompt, response) to as many scores in [-1, 1].
+
+    Called once for all responses that are ready, of all requests.
+    """
+
+    function: ScoreFunction
+
+    def evaluate(self, context: SearchContext, prompt: str, response: str) -> Generator[Any, Any, float]:
+        try:
+            (score,) = yield HostCall(self.function, [(prompt, response)])
+        except GeneratorExit:
+            raise
+        except Exception as error:
+            raise EvaluatorError(
+                f"the evaluator {_name(self.function)} failed: {type(error).__name__}: {error}"
+            ) from error
+        return checked_score(score, _name(self.function))
+
+
+class ClassifierEvaluator:
+    """A sequence classifier of transformers as evaluator: score = 2 p(good label) - 1.
+
+    Args:
+        model: local folder or hub id of a sequence-classification model.
+        good_label: name (config.id2label) or index of the label that means good.
+        batch_size: responses of one forward.
+
+    Raises:
+        ModelError: the model does not load or has no such label.
+    """
+
+    def __init__(self, model: str, good_label: str | int, *, batch_size: int = 32, device: str = "cpu") -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            self._model = AutoModelForSequenceClassification.from_pretrained(model).to(device).eval()
+            self._tokenizer = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"no sequence classifier could be loaded from {model!r}: {error}") from error
+        names = {str(name): int(index) for index, name in self._model.config.id2label.items()}
+        index = names.get(good_label) if isinstance(good_label, str) else good_label
+        if index is None or not 0 <= index < len(names):
+            raise ModelError(f"{model!r} has no label {good_label!r}; its labels are {', '.join(names)}")
+        self._good = index
+        self._batch_size = batch_size
+        self._callable = CallableEvaluator(self.scores)
+
+    def scores(self, pairs: list[tuple[str, str]]) -> list[float]:
+        """Scores of (prompt, response) pairs."""
+        import torch
+
+        result: list[float] = []
+        for start in range(0, len(pairs), self._batch_size):
+            part = pairs[start : start + self._batch_size]
+            inputs = self._tokenizer(
+                [p for p, _ in part], [r for _, r in part], padding=True, truncation=True, return_tensors="pt"
+            ).to(self._model.device)
+            with torch.inference_mode():
+                probs = self._model(**inputs).logits.float().softmax(-1)
+            result += (2 * probs[:, self._good] - 1).tolist()
+        return result
+
+    def evaluate(self, context: SearchContext, prompt: str, response: str) -> Generator[Any, Any, float]:
+        return self._callable.evaluate(context, prompt, response)
+
+
+def as_evaluator(given: Evaluator | ScoreFunction | JudgeTemplate) -> Evaluator:
+    """What a user passes as `evaluator`, as an Evaluator.
+
+    Raises:
+        ConfigError: it is none of: an Evaluator, a function, a JudgeTemplate.
+    """
+    if isinstance(given, JudgeTemplate):
+        return SelfEvaluation(given)
+    if hasattr(given, "evaluate"):
+        return given
+    if callable(given):
+        return CallableEvaluator(given)
+    raise ConfigError(
+        f"evaluator is a {type(given).__name__}; allowed: a function (pairs -> scores), a JudgeTemplate, or an object with evaluate()"
+    )
+
+
+def checked_score(score: Any, name: str) -> float:
+    """`score` as a float in [-1, 1].
+
+    Raises:
+        EvaluatorError: it is something else.
+    """
+    try:
+        value = float(score)
+    except (TypeError, ValueError) as error:
+        raise EvaluatorError(
+            f"the evaluator {name} returned {score!r}; allowed: a number from -1 to 1 per response"
+        ) from error
+    if not (math.isfinite(value) and -1.0 <= value <= 1.0):
+        raise EvaluatorError(f"the evaluator {name} returned {value}; allowed: a number from -1 to 1 per response")
+    return value
+
+
+_letter_cache: dict[tuple[int, JudgeTemplate], tuple[int, list[int]]] = {}
+
+
+def _letters(codec: Codec, template: JudgeTemplate) -> tuple[int, list[int]]:
+    """Option tokens of a template with this tokenizer, read in context once."""
+    key = (id(codec), template)
+    if key not in _letter_cache:
+        contexts = [codec.options(text, template.letters) for text in template.prompts("Hello.", " Hi.")]
+        if any(found != contexts[0] for found in contexts):
+            raise ModelError(
+                "the two questions of the evaluation template lead to different option tokens: end both the same way"
+            )
+        _letter_cache[key] = contexts[0]
+    return _letter_cache[key]
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)

@@ -1,0 +1,148 @@
+"""Plain decoding: greedy or sampled, one token per step."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raindecode.engine.rng import name_draw
+from raindecode.engine.sampler import Filter
+from raindecode.engine.types import Draw, Got, Want
+from raindecode.errors import ConfigError
+from raindecode.search.context import SearchContext
+from raindecode.text import TextStream, find_stop
+from raindecode.types import Completion, FinishReason, TokenLogprob
+
+_PURPOSE = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One token at a time from the policy's distribution.
+
+    Attributes:
+        temperature, top_k, top_p, min_p, repetition_penalty: see engine.sampler.Filter; temperature 0 is greedy.
+        stop: strings that end the answer; not part of it.
+        stop_token_ids: ids that end the answer, besides the model's own end-of-text ids.
+        ignore_eos: go on past end-of-text tokens (benchmarks).
+        logprobs: report the log-probability of every token.
+
+    Raises:
+        ConfigError: a value lies outside what is allowed.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            raise ConfigError(f"stop is the string {self.stop!r}; give a tuple of strings, such as ({self.stop!r},)")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if any(not isinstance(s, str) or not s for s in self.stop):
+            raise ConfigError(f"stop holds {self.stop!r}; allowed: non-empty strings")
+        self.filter()
+
+    @classmethod
+    def greedy(cls, **options: Any) -> Sampling:
+        """The most likely token every time."""
+        return cls(temperature=0.0, **options)
+
+    def filter(self) -> Filter:
+        return Filter(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
+    def with_stop(self, stop: tuple[str, ...]) -> Sampling:
+        """The same with more stop strings."""
+        return replace(self, stop=tuple(dict.fromkeys(self.stop + stop)))
+
+    def search(self, context: SearchContext) -> Generator[list[Want], list[Got], Completion]:
+        """Decode one request."""
+        request = context.request
+        branch = context.engine.open(context.ledger, request.prompt_ids)
+        branch.reserve = len(request.prompt_ids) + request.max_new_tokens
+        answer = _Answer(context, self)
+        shape = self.filter()
+        penalised = list(request.prompt_ids) if shape.repetition_penalty != 1.0 else None
+        while answer.finish_reason is None:
+            counter = name_draw(0, branch.length, _PURPOSE)
+            got = yield [Want(branch, draws=[Draw(shape, request.seed, counter, context=penalised)])]
+            drawn = got[0].drawn[0]
+            answer.push(drawn.token, drawn.logprob)
+            branch.append([drawn.token])
+            if penalised is not None:
+                penalised.append(drawn.token)
+            if context.on_progress is not None:
+                context.on_progress(len(answer.token_ids), 0)
+        return Completion(
+            prompt=request.prompt,
+            text=answer.text(),
+            token_ids=answer.token_ids,
+            finish_reason=answer.finish_reason,
+            seed=request.seed,
+            stats=context.stats(),
+            logprobs=answer.logprobs if self.logprobs else None,
+        )
+
+
+class _Answer:
+    """Tokens and text of a growing answer; decides when it ends and streams what is safe to show."""
+
+    def __init__(self, context: SearchContext, sampling: Sampling) -> None:
+        request = context.request
+        self._context = context
+        self._stream = TextStream(context.codec, request.prompt_ids)
+        self._stops = tuple(dict.fromkeys(sampling.stop + request.stop))
+        self._eos = frozenset() if sampling.ignore_eos else context.codec.eos_token_ids
+        self._stop_ids = request.stop_token_ids | frozenset(sampling.stop_token_ids)
+        self._hold = (
+            max((len(s) for s in self._stops), default=1) - 1
+        )  # a stop string may have begun in these characters
+        self._shown = 0
+        self._cut: int | None = None
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: FinishReason | None = None
+
+    def push(self, token: int, logprob: float) -> None:
+        self.token_ids.append(token)
+        self.logprobs.append(TokenLogprob(token, logprob))
+        before = len(self._stream.text)
+        if token in self._eos:
+            self._end("eos")
+            return
+        if token in self._stop_ids:
+            self._end("stop")
+            return
+        self._stream.push(token)
+        at = find_stop(self._stream.text, self._stops, max(0, before - self._hold))
+        if at >= 0:
+            self._cut = at
+            self._end("stop")
+        elif len(self.token_ids) >= self._context.request.max_new_tokens:
+            self._end("length")
+        else:
+            self._show(len(self._stream.text) - self._hold)
+
+    def text(self) -> str:
+        return self._stream.text if self._cut is None else self._stream.text[: self._cut]
+
+    def _end(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        if self._cut is None:
+            self._stream.finish()
+            at = find_stop(self._stream.text, self._stops)
+            self._cut = at if at >= 0 else None
+        self._show(len(self.text()))
+
+    def _show(self, upto: int) -> None:
+        if self._context.on_text is not None and upto > self._shown:
+            self._context.on_text(self._stream.text[self._shown : upto])
+            self._shown = upto

@@ -1,0 +1,114 @@
+"""Text and tokens: one codec per tokenizer, and a stream that turns tokens into text as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from raindecode.errors import ModelError
+
+_REPLACEMENT = "\ufffd"  # what decoders emit for an unfinished UTF-8 sequence
+
+
+class Codec:
+    """Encodes and decodes without surprises: special tokens are added in front only, and never appear in text.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        eos_token_ids: every id that ends an answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int]) -> None:
+        self.tokenizer = tokenizer
+        self.eos_token_ids = frozenset(eos_token_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a whole prompt, with the tokenizer's beginning-of-text token where it has one."""
+        ids: list[int] = list(self.tokenizer(text, add_special_tokens=True)["input_ids"])
+        if ids and ids[-1] in self.eos_token_ids:  # some tokenizers close every text; a prompt goes on
+            ids.pop()
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def continuation(self, context: Sequence[int], ids: Sequence[int]) -> str:
+        """Text that `ids` add after `context`: a leading space survives where the tokenizer drops it at the start of a text."""
+        anchor = list(context[-4:])
+        head = self.decode(anchor)
+        whole = self.decode(anchor + list(ids))
+        return whole[len(head) :] if whole.startswith(head) else self.decode(ids)
+
+    def options(self, context: str, letters: Sequence[str]) -> tuple[int, list[int]]:
+        """The tokens that answer a multiple-choice prompt, read in context and never assumed.
+
+        Args:
+            context: a prompt that ends right before the answer, such as "... The answer is: (".
+            letters: the answers, one token each in this context.
+        Returns:
+            How many tokens at the end of encode(context) merge into the answer's token (usually 0), and the ids.
+
+        Raises:
+            ModelError: an answer is not one token here, or two answers share one.
+        """
+        plain = self.encode(context)
+        spelled = [self.encode(context + letter) for letter in letters]
+        stem = spelled[0][:-1]
+        if any(ids[:-1] != stem for ids in spelled) or plain[: len(stem)] != stem:
+            raise ModelError(
+                f"the options {list(letters)} do not become one token each after {context[-20:]!r} with this tokenizer: "
+                "change the letters or the text before them in the evaluation template"
+            )
+        ids = [one[-1] for one in spelled]
+        if len(set(ids)) != len(ids):
+            raise ModelError(
+                f"the options {list(letters)} share a token with this tokenizer: use others in the evaluation template"
+            )
+        return len(plain) - len(stem), ids
+
+
+class TextStream:
+    """Text of a growing answer, one token at a time, without decoding everything again.
+
+    Args:
+        context: the prompt's token ids, so that the first piece keeps its leading space.
+    """
+
+    def __init__(self, codec: Codec, context: Sequence[int]) -> None:
+        self._codec = codec
+        self._ids = list(context[-4:])
+        self._prefix = 0  # decoding starts here, so that pieces keep their spaces
+        self._read = len(self._ids)  # tokens already turned into text
+        self.text = ""
+
+    def push(self, token: int) -> str:
+        """Add a token; the text it completes, "" while a character is unfinished."""
+        self._ids.append(token)
+        before = self._codec.decode(self._ids[self._prefix : self._read])
+        after = self._codec.decode(self._ids[self._prefix :])
+        if len(after) <= len(before) or after.endswith(_REPLACEMENT):
+            return ""
+        self._prefix, self._read = self._read, len(self._ids)
+        piece = after[len(before) :]
+        self.text += piece
+        return piece
+
+    def finish(self) -> str:
+        """The text of an unfinished character at the end of the answer, if any."""
+        before = self._codec.decode(self._ids[self._prefix : self._read])
+        after = self._codec.decode(self._ids[self._prefix :])
+        piece = after[len(before) :]
+        self._read = len(self._ids)
+        self._prefix = self._read
+        self.text += piece
+        return piece
+
+
+def find_stop(text: str, stops: Sequence[str], start: int = 0) -> int:
+    """Index of the earliest stop string at or after `start`, -1 when there is none."""
+    found = [at for at in (text.find(stop, start) for stop in stops) if at >= 0]
+    return min(found, default=-1)

@@ -1,0 +1,90 @@
+"""Requests and completions: what goes into a decoder and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A generated token with its log-probability (natural log) under the model's raw distribution."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Exact counters of one request; they do not depend on the machine.
+
+    Attributes:
+        model_steps: batched forwards the request took part in.
+        tokens_processed: distinct token prefixes it had evaluated, whatever was cached or shared.
+        tokens_charged: rows run for it.
+        kv_tokens_peak: most KV tokens its branches held together.
+        iterations: RAIN search iterations.
+        evaluations: verdicts computed (not those read from the request's cache).
+        seconds: wall time by phase: model, plan, sample (shares of shared steps) and total.
+    """
+
+    model_steps: int = 0
+    tokens_processed: int = 0
+    tokens_charged: int = 0
+    kv_tokens_peak: int = 0
+    iterations: int = 0
+    evaluations: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer.
+
+    Attributes:
+        prompt: the prompt as given (text, or the decoded ids).
+        text: the answer, without stop string and special tokens.
+        token_ids: every generated token that counts towards the answer, the one that ended it included.
+        finish_reason: "eos", "stop" (a stop string or stop token) or "length".
+        logprobs: per token, when asked for.
+        value: RAIN: the mean evaluator score of the last chosen set, in [-1, 1].
+        tree: RAIN: the search trees as plain data, when asked for.
+    """
+
+    prompt: str
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    seed: int
+    stats: Stats
+    logprobs: list[TokenLogprob] | None = None
+    value: float | None = None
+    tree: list[dict[str, Any]] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for json.dumps."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt with everything that decides its answer.
+
+    Attributes:
+        prompt: user text as given.
+        prompt_text: what the model is fed (few-shot prefix and turn markers added).
+        prompt_ids: its token ids.
+        seed: names the random numbers; same request and seed, same answer (exact mode).
+        stop: strings that end the answer, besides those of the search.
+    """
+
+    prompt: str
+    prompt_text: str
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    seed: int
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()

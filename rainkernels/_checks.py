@@ -1,0 +1,45 @@
+"""Argument checks shared by the ops: device, dtype, rank, shape, stride, in this order, each naming the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rainkernels.errors import DeviceError, DtypeError, ShapeError, StrideError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(
+    name: str,
+    t: Tensor,
+    *,
+    dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    shape: Sequence[int | None] | None = None,
+    device: torch.device | None = None,
+    contiguous: bool = True,
+) -> None:
+    """Raise a typed error unless `t` is what the op takes. `None` in `shape` matches any size."""
+    if not isinstance(t, Tensor):
+        raise DtypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if device is not None and t.device != device:
+        raise DeviceError(
+            f"{name} is on {t.device}, expected {device} like the other tensors: move it with .to({str(device)!r})"
+        )
+    if dtype is not None:
+        allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+        if t.dtype not in allowed:
+            raise DtypeError(f"{name} has dtype {t.dtype}, allowed: {', '.join(map(str, allowed))}")
+    if shape is not None:
+        if t.dim() != len(shape):
+            raise ShapeError(f"{name} has rank {t.dim()} (shape {list(t.shape)}), expected shape {_show(shape)}")
+        if any(want is not None and want != got for want, got in zip(shape, t.shape, strict=True)):
+            raise ShapeError(f"{name} has shape {list(t.shape)}, expected {_show(shape)}")
+    if contiguous and not t.is_contiguous():
+        raise StrideError(f"{name} has strides {list(t.stride())}, expected contiguous memory: call .contiguous()")
+
+
+def _show(shape: Sequence[int | None]) -> str:
+    return "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"

@@ -1,0 +1,73 @@
+"""Which implementation of an op runs. The tensors' device decides; RAINKERNELS_LANE forces one for debugging."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from rainkernels.errors import LaneError
+
+Lane = Literal["reference", "cpu", "cuda", "triton"]
+LANES: tuple[Lane, ...] = ("reference", "cpu", "cuda", "triton")
+
+# Lanes each family has, besides "reference". The first that fits the device wins.
+FAMILY_LANES: dict[str, dict[str, tuple[Lane, ...]]] = {
+    "tree": {"cpu": ("cpu",), "cuda": ("cuda",)},
+    "kv": {"cpu": ("cpu",), "cuda": ("cuda",)},
+    "attention": {"cpu": ("cpu",), "cuda": ()},
+}
+
+
+def native() -> ModuleType:
+    """The compiled module rainkernels._C.
+
+    Raises:
+        LaneError: it is not built; the message says how to build it.
+    """
+    try:
+        return importlib.import_module("rainkernels._C")
+    except ImportError as error:
+        raise LaneError(
+            f"the compiled module rainkernels._C cannot be imported ({error}): build it with `pip install .` or `make build`, "
+            "or set RAINKERNELS_LANE=reference to run the plain PyTorch definitions"
+        ) from error
+
+
+def has_native() -> bool:
+    """True when rainkernels._C imports."""
+    try:
+        native()
+    except LaneError:
+        return False
+    return True
+
+
+def choose_lane(family: str, device: torch.device) -> Lane:
+    """The lane an op of `family` takes for tensors on `device`.
+
+    Raises:
+        LaneError: RAINKERNELS_LANE names no lane, or one this family or build does not have for the device.
+    """
+    forced = os.environ.get("RAINKERNELS_LANE")
+    usable = FAMILY_LANES[family].get(device.type, ())
+    if forced:
+        if forced not in LANES:
+            raise LaneError(f"RAINKERNELS_LANE={forced!r}: allowed are {', '.join(LANES)}")
+        if forced == "reference":
+            return "reference"
+        for lane in usable:
+            if lane == forced:
+                return lane
+        raise LaneError(
+            f"RAINKERNELS_LANE={forced}: the {family} family has no such lane for {device.type} tensors; "
+            f"there are: reference{''.join(', ' + lane for lane in usable)}"
+        )
+    for lane in usable:
+        if lane == "cuda" and not native().has_cuda:
+            continue
+        return lane
+    return "reference"

@@ -1,0 +1,1 @@
+"""ops of rainkernels, one module per kernel family."""

@@ -1,0 +1,1 @@
+"""reference of rainkernels, one module per kernel family."""

@@ -1,0 +1,1 @@
+"""testing of rainkernels, one module per kernel family."""
