@@ -12,6 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.ready
+TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(subst :,_,$(subst =,_,$(TORCH))))
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test test-slow lint format build wheel bench clean help
@@ -49,14 +50,14 @@ clean: ## remove what was built; keeps .venv's packages
 	rm -rf build dist *.egg-info rainkernels/_C*.so $(STAMP)
 
 # torch goes in first and by itself: otherwise pip may choose another build of it for one of the packages below.
-$(VENV)/.torch:
+$(TORCH_STAMP):
 	@sh scripts/check_system.sh "$(PYTHON)"
 	@echo "[1/3] virtual environment and $(TORCH)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install "$(TORCH)"
 	@touch $@
 
-$(VENV)/.tools: $(VENV)/.torch pyproject.toml
+$(VENV)/.tools: $(TORCH_STAMP) pyproject.toml
 	@echo "[2/3] Python packages"
 	@$(PIP) install "setuptools>=77" wheel "pybind11>=3.0" "cmake>=3.26" ninja
 	@touch $@

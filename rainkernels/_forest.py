@@ -250,7 +250,7 @@ class Forest:
             RangeError: a size smaller than the present one.
         """
         now = self.config
-        sizes = {
+        sizes: dict[str, Any] = {
             "max_rows": max_rows or now.max_rows,
             "max_embeddings": max_embeddings if max_embeddings is not None else now.max_embeddings,
             "max_depth": max_depth or now.max_depth,

@@ -1,11 +1,12 @@
-// Binds the `tree` family. Addresses come as integers from rainkernels/ops/tree.py, which has checked what they point to.
+// Binds the `tree` family. Addresses come as integers from rainkernels/ops/tree.py, which has checked what they point
+// to.
+#include "cpu/tree.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <vector>
-
-#include "cpu/tree.h"
 #ifdef RK_WITH_CUDA
 #include "cuda/tree.h"
 #endif
@@ -35,14 +36,22 @@ Forest make_forest(const std::vector<Address>& fields, const std::vector<int32_t
   return f;
 }
 
-SelectArgs select_args(Address tree_ids, int64_t n, Address skip, Address status, Address node, Address path, Address depth) {
-  return {at<int32_t>(tree_ids), n, at<int32_t>(skip), at<int32_t>(status), at<int32_t>(node), at<int32_t>(path), at<int32_t>(depth)};
+SelectArgs select_args(Address tree_ids, int64_t n, Address skip, Address status, Address node, Address path,
+                       Address depth) {
+  return {at<int32_t>(tree_ids), n, at<int32_t>(skip), at<int32_t>(status), at<int32_t>(node), at<int32_t>(path),
+          at<int32_t>(depth)};
 }
 
 ExpandArgs expand_args(Address tree_ids, int64_t n, Address nodes, Address priors, int64_t width, Address num_children,
                        Address set_length, Address first_slot) {
-  return {at<int32_t>(tree_ids), n, at<int32_t>(nodes), at<void>(priors), width, at<int32_t>(num_children),
-          at<int32_t>(set_length), at<int32_t>(first_slot)};
+  return {at<int32_t>(tree_ids),
+          n,
+          at<int32_t>(nodes),
+          at<void>(priors),
+          width,
+          at<int32_t>(num_children),
+          at<int32_t>(set_length),
+          at<int32_t>(first_slot)};
 }
 
 AddChildArgs add_child_args(Address tree_ids, int64_t n, Address nodes, Address prior, bool mix, Address slot) {
@@ -51,11 +60,14 @@ AddChildArgs add_child_args(Address tree_ids, int64_t n, Address nodes, Address 
 
 BackupArgs backup_args(Address tree_ids, int64_t n, Address path, Address depth, Address value, Address embedding,
                        int64_t embedding_rows, Address dropped) {
-  return {at<int32_t>(tree_ids), n, at<int32_t>(path), at<int32_t>(depth), at<void>(value), at<float>(embedding),
-          embedding_rows, at<int32_t>(dropped)};
+  return {at<int32_t>(tree_ids), n,
+          at<int32_t>(path),     at<int32_t>(depth),
+          at<void>(value),       at<float>(embedding),
+          embedding_rows,        at<int32_t>(dropped)};
 }
 
-BestChildArgs best_child_args(Address tree_ids, int64_t n, Address slot, Address visits, Address direct, Address value) {
+BestChildArgs best_child_args(Address tree_ids, int64_t n, Address slot, Address visits, Address direct,
+                              Address value) {
   return {at<int32_t>(tree_ids), n, at<int32_t>(slot), at<void>(visits), at<int32_t>(direct), at<void>(value)};
 }
 

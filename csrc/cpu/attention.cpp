@@ -1,11 +1,12 @@
-// tree_attention driver on the CPU: splits the plan into units for the threads.   Reference: rainkernels/reference/attention.py
-// Enough blocks x KV heads: a unit runs all chunks of a block and writes its rows. Otherwise a unit is one chunk, partials go to
-// the workspace and a second pass merges them in position order; both ways round alike.
+// tree_attention driver on the CPU: splits the plan into units for the threads.   Reference:
+// rainkernels/reference/attention.py Enough blocks x KV heads: a unit runs all chunks of a block and writes its rows.
+// Otherwise a unit is one chunk, partials go to the workspace and a second pass merges them in position order; both
+// ways round alike.
 #include "cpu/attention.h"
 
-#include <algorithm>
-
 #include <omp.h>
+
+#include <algorithm>
 
 #include "cpu/isa.h"
 
@@ -13,14 +14,19 @@ namespace rainkernels {
 namespace {
 
 // Multiply-adds below which waking a second thread costs more than it saves.
-constexpr double kSerialWork = 4.0e5;
+constexpr double kSerialWork = 1.0e6;
+// 256 MiB of partials: a prefill that needs more has units enough.
+constexpr int64_t kMaxPartFloats = int64_t{1} << 26;
 
 const AttentionKernels& kernels() {
 #if defined(RK_HAS_X86_ISAS)
   switch (detected_isa()) {
-    case Isa::avx512: return avx512::attention_kernels;
-    case Isa::avx2: return avx2::attention_kernels;
-    default: break;
+    case Isa::avx512:
+      return avx512::attention_kernels;
+    case Isa::avx2:
+      return avx2::attention_kernels;
+    default:
+      break;
   }
 #endif
   return baseline::attention_kernels;
@@ -29,6 +35,7 @@ const AttentionKernels& kernels() {
 bool splits_chunks(const AttentionParams& p, const LayoutHeader& h) {
   if (p.num_threads == 1 || h.max_block_chunks <= 1) return false;
   const int units = h.num_blocks * p.num_kv_heads;
+  if (h.num_parts * part_floats(h.group, p.head_dim_v) * p.num_kv_heads > kMaxPartFloats) return false;
   return units < 4 * p.num_threads && !(h.num_blocks == 1 && units % p.num_threads == 0);
 }
 
@@ -62,7 +69,8 @@ void run_chunks(const AttentionParams& p, const LayoutView& plan, int threads) {
   float* const parts = p.workspace + threads * scratch;
   const auto rows = [&](int b) { return int64_t{plan.block_row[b + 1] - plan.block_row[b]}; };
   const auto part = [&](int b, int head, int chunk) {
-    return parts + part_floats(h.group, p.head_dim_v) * (p.num_kv_heads * (plan.block_part[b] + rows(b) * chunk) + rows(b) * head);
+    return parts + part_floats(h.group, p.head_dim_v) *
+                       (p.num_kv_heads * (plan.block_part[b] + rows(b) * chunk) + rows(b) * head);
   };
   const int tasks = h.num_block_chunks * p.num_kv_heads, ends = h.num_blocks * p.num_kv_heads;
 #pragma omp parallel num_threads(threads)
@@ -71,7 +79,9 @@ void run_chunks(const AttentionParams& p, const LayoutView& plan, int threads) {
 #pragma omp for schedule(dynamic, 1)
     for (int t = 0; t < tasks; ++t) {
       const int at = t / p.num_kv_heads, head = t % p.num_kv_heads;
-      const int b = static_cast<int>(std::upper_bound(plan.block_chunk, plan.block_chunk + h.num_blocks + 1, at) - plan.block_chunk) - 1;
+      const int b = static_cast<int>(std::upper_bound(plan.block_chunk, plan.block_chunk + h.num_blocks + 1, at) -
+                                     plan.block_chunk) -
+                    1;
       const int chunk = at - plan.block_chunk[b];
       k.run(p, {b, head, chunk, chunk + 1, part(b, head, chunk)}, mine);
     }
@@ -91,8 +101,10 @@ float value_of(const void* v, int64_t i, Dtype dtype) {
 }
 
 void set_value(void* v, int64_t i, float x, Dtype dtype) {
-  if (dtype == Dtype::f32) static_cast<float*>(v)[i] = x;
-  else static_cast<uint16_t*>(v)[i] = dtype == Dtype::bf16 ? float_to_bf16(x) : float_to_f16(x);
+  if (dtype == Dtype::f32)
+    static_cast<float*>(v)[i] = x;
+  else
+    static_cast<uint16_t*>(v)[i] = dtype == Dtype::bf16 ? float_to_bf16(x) : float_to_f16(x);
 }
 
 }  // namespace
@@ -106,22 +118,27 @@ int64_t attention_workspace_floats(const AttentionParams& p) {
 void attention(const AttentionParams& p) {
   const LayoutView plan(p.layout);
   const LayoutHeader& h = *plan.header;
-  const uint64_t pairs = static_cast<uint64_t>(static_cast<uint32_t>(h.work_hi)) << 32 | static_cast<uint32_t>(h.work_lo);
+  const uint64_t pairs =
+      static_cast<uint64_t>(static_cast<uint32_t>(h.work_hi)) << 32 | static_cast<uint32_t>(h.work_lo);
   const double work = static_cast<double>(pairs) * p.num_qo_heads * (p.head_dim + p.head_dim_v);
-  if (work < kSerialWork) run_blocks(p, plan, 1);
-  else if (splits_chunks(p, h)) run_chunks(p, plan, p.num_threads);
-  else run_blocks(p, plan, p.num_threads);
+  if (work < kSerialWork)
+    run_blocks(p, plan, 1);
+  else if (splits_chunks(p, h))
+    run_chunks(p, plan, p.num_threads);
+  else
+    run_blocks(p, plan, p.num_threads);
 }
 
-void merge_state(const void* v_a, const float* lse_a, const void* v_b, const float* lse_b, void* v, float* lse, int64_t rows,
-                 int dim, Dtype dtype, int num_threads) {
+void merge_state(const void* v_a, const float* lse_a, const void* v_b, const float* lse_b, void* v, float* lse,
+                 int64_t rows, int dim, Dtype dtype, int num_threads) {
   const int threads = rows * dim < 65536 ? 1 : num_threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; ++r) {
     const MergeWeights w = merge_weights(lse_a[r], lse_b[r]);
     for (int64_t i = r * dim; i < (r + 1) * dim; ++i) {
       // A weight of 0 drops the side even where its v holds NaN.
-      const float a = w.a > 0 ? w.a * value_of(v_a, i, dtype) : 0.0f, b = w.b > 0 ? w.b * value_of(v_b, i, dtype) : 0.0f;
+      const float a = w.a > 0 ? w.a * value_of(v_a, i, dtype) : 0.0f,
+                  b = w.b > 0 ? w.b * value_of(v_b, i, dtype) : 0.0f;
       set_value(v, i, a + b, dtype);
     }
     lse[r] = w.lse;

@@ -28,11 +28,11 @@ std::vector<int32_t> build_layout(const PlanInputs& in, int group);
 
 int64_t attention_workspace_floats(const AttentionParams& p);
 void attention(const AttentionParams& p);
-void merge_state(const void* v_a, const float* lse_a, const void* v_b, const float* lse_b, void* v, float* lse, int64_t rows,
-                 int dim, Dtype dtype, int num_threads);
+void merge_state(const void* v_a, const float* lse_a, const void* v_b, const float* lse_b, void* v, float* lse,
+                 int64_t rows, int dim, Dtype dtype, int num_threads);
 
-// Work of one thread: chunks [chunk_begin, chunk_end) of one block for one KV head. `part` null: the unit holds the block's
-// only chunks and writes the output; otherwise it holds one chunk and leaves its partial there.
+// Work of one thread: chunks [chunk_begin, chunk_end) of one block for one KV head. `part` null: the unit holds the
+// block's only chunks and writes the output; otherwise it holds one chunk and leaves its partial there.
 struct AttentionUnit {
   int block, kv_head, chunk_begin, chunk_end;
   float* part;
@@ -41,11 +41,18 @@ struct AttentionUnit {
 struct AttentionKernels {
   void (*run)(const AttentionParams& p, const AttentionUnit& unit, float* scratch);
   // Merges the partials of a block's chunks, `part_stride` floats apart, in position order and writes the output.
-  void (*finish)(const AttentionParams& p, const AttentionUnit& unit, const float* parts, int64_t part_stride, float* scratch);
+  void (*finish)(const AttentionParams& p, const AttentionUnit& unit, const float* parts, int64_t part_stride,
+                 float* scratch);
 };
 
-namespace baseline { extern const AttentionKernels attention_kernels; }
-namespace avx2 { extern const AttentionKernels attention_kernels; }
-namespace avx512 { extern const AttentionKernels attention_kernels; }
+namespace baseline {
+extern const AttentionKernels attention_kernels;
+}
+namespace avx2 {
+extern const AttentionKernels attention_kernels;
+}
+namespace avx512 {
+extern const AttentionKernels attention_kernels;
+}
 
 }  // namespace rainkernels

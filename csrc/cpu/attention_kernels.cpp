@@ -1,94 +1,53 @@
-// tree_attention on the CPU: one block of rows, one KV head, chunk after chunk.   Reference: rainkernels/reference/attention.py
-// Compiled once per instruction set. Per chunk: scores of every entry (K packed [head_dim][64 keys], one vector = 16 keys), a
-// softmax per row, then P.V in key order; chunks join a row's running state in position order. A row's value is a chain fixed by
-// absolute positions alone, so it does not depend on splits, neighbours, threads or instruction set.
+// tree_attention on the CPU: one block of rows, one KV head, chunk after chunk.   Reference:
+// rainkernels/reference/attention.py Compiled once per instruction set. Per chunk: scores of every entry (K packed
+// [head_dim][64 keys], one vector = 16 keys), a softmax per row, then P.V in key order; chunks join a row's running
+// state in position order. A row's value is a chain fixed by absolute positions alone, so it does not depend on splits,
+// neighbours, threads or instruction set.
 #include "cpu/attention.h"
-#include "cpu/attention_simd.h"
+#include "cpu/attention_math.h"
+#include "cpu/attention_tiles.h"
 
 namespace rainkernels {
 namespace RK_ISA {
 namespace {
 
-#if defined(RK_ISA_avx512)
-constexpr int kVectors = 4;  // 6 x 4 accumulators, 4 keys or values, 1 broadcast: 29 of 32 registers
-#else
-constexpr int kVectors = 1;
-#endif
-constexpr int kRows = 6;
 constexpr float kLog2e = 1.4426950408889634f;
 // Up to this many row-heads, V is cheaper to read in place than to pack.
 constexpr int kDirectRows = 12;
 // Tokens whose rows are fetched ahead of their use.
 constexpr int kAhead = 32;
 
-using ScoreTile = void (*)(const float* q, int ldq, const float* keys, int dim, float* scores);
-using ValueTile = void (*)(const float* p, const float* values, int64_t ldv, int num_keys, float* acc, int ldacc);
-
-template <int R, int V>
-void score_tile(const float* q, int ldq, const float* keys, int dim, float* scores) {
-  F16 acc[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) acc[r][v] = zero();
-  for (int d = 0; d < dim; ++d) {
-    F16 k[V];
-    for (int v = 0; v < V; ++v) k[v] = load(keys + d * kKeyTile + 16 * v);
-    for (int r = 0; r < R; ++r) {
-      const F16 x = splat(q[r * ldq + d]);
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(x, k[v], acc[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(scores + r * kScoreStride + 16 * v, acc[r][v]);
+int least(int a, int b) {
+  return a < b ? a : b;
 }
-
-template <int R, int V>
-void value_tile(const float* p, const float* values, int64_t ldv, int num_keys, float* acc_at, int ldacc) {
-  F16 acc[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) acc[r][v] = load(acc_at + r * ldacc + 16 * v);
-  for (int j = 0; j < num_keys; ++j) {
-    F16 x[V];
-    for (int v = 0; v < V; ++v) x[v] = load(values + j * ldv + 16 * v);
-    for (int r = 0; r < R; ++r) {
-      const F16 w = splat(p[r * kScoreStride + j]);
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(w, x[v], acc[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(acc_at + r * ldacc + 16 * v, acc[r][v]);
+int most(int a, int b) {
+  return a > b ? a : b;
 }
-
-#if defined(RK_ISA_avx512)
-#define RK_TILES(f, R) {f<R, 1>, f<R, 2>, f<R, 3>, f<R, 4>}
-#else
-#define RK_TILES(f, R) {f<R, 1>}
-#endif
-const ScoreTile kScoreTiles[kRows][kVectors] = {RK_TILES(score_tile, 1), RK_TILES(score_tile, 2), RK_TILES(score_tile, 3),
-                                                RK_TILES(score_tile, 4), RK_TILES(score_tile, 5), RK_TILES(score_tile, 6)};
-const ValueTile kValueTiles[kRows][kVectors] = {RK_TILES(value_tile, 1), RK_TILES(value_tile, 2), RK_TILES(value_tile, 3),
-                                                RK_TILES(value_tile, 4), RK_TILES(value_tile, 5), RK_TILES(value_tile, 6)};
-#undef RK_TILES
-
-int least(int a, int b) { return a < b ? a : b; }
-int most(int a, int b) { return a > b ? a : b; }
 
 struct Range {
   int lo, hi;
 };
 
-// One unit's view: sizes, the rows of its block and the pieces of its scratch. m counts (row, query head of the group) pairs.
+// One unit's view: sizes, the rows of its block and the pieces of its scratch. m counts (row, query head of the group)
+// pairs.
 template <class T>
 struct Worker {
   const AttentionParams& p;
   const LayoutView plan;
   const int block, kv_head, row0, group, m, dv;
-  float *q, *keys, *values, *scores, *chunk_acc, *acc;        // [m, dim] [dim, 64] [64, dv] [m, stride] [m, dv] [m, dv]
-  float *top, *total, *chunk_top, *chunk_total;               // [m]
-  int32_t *lo, *hi;                                           // [m] visible positions [lo, hi)
+  float *q, *keys, *values, *scores, *chunk_acc, *acc;  // [m, dim] [dim, 64] [64, dv] [m, stride] [m, dv] [m, dv]
+  float *top, *total, *chunk_top, *chunk_total;         // [m]
+  int32_t *lo, *hi;                                     // [m] visible positions [lo, hi)
 
   RK_ALWAYS Worker(const AttentionParams& params, const AttentionUnit& unit, float* scratch)
-      : p(params), plan(params.layout), block(unit.block), kv_head(unit.kv_head), row0(plan.block_row[unit.block]),
-        group(plan.header->group), m((plan.block_row[unit.block + 1] - row0) * group), dv(round_up_16(params.head_dim_v)) {
+      : p(params),
+        plan(params.layout),
+        block(unit.block),
+        kv_head(unit.kv_head),
+        row0(plan.block_row[unit.block]),
+        group(plan.header->group),
+        m((plan.block_row[unit.block + 1] - row0) * group),
+        dv(round_up_16(params.head_dim_v)) {
     const int dim = round_up_16(p.head_dim);
     keys = scratch;
     values = keys + dim * kKeyTile;
@@ -117,7 +76,8 @@ struct Worker {
     for (int i = 0; i < m; ++i) {
       const int row = plan.row_order[row0 + i / group], head = kv_head * group + i % group;
       const T* from = static_cast<const T*>(p.q) + row * p.q_stride_row + head * p.q_stride_head;
-      for (int d = 0; d < p.head_dim; d += 16) store(q + i * round_up_16(p.head_dim) + d, load_some(from + d, p.head_dim - d));
+      for (int d = 0; d < p.head_dim; d += 16)
+        store(q + i * round_up_16(p.head_dim) + d, load_some(from + d, p.head_dim - d));
     }
   }
 
@@ -154,8 +114,17 @@ struct Worker {
     const int64_t stride = static_cast<int64_t>(p.num_kv_heads) * p.head_dim;
     for (int j = 0; j < n; j += 16) {
       const T* from[16];
-      for (int i = 0; i < 16; ++i) from[i] = pool + slots[least(j + i, n - 1)] * stride;  // lanes past the end repeat a key
+      for (int i = 0; i < 16; ++i)
+        from[i] = pool + slots[least(j + i, n - 1)] * stride;  // lanes past the end repeat a key
       for (int d = 0; d < p.head_dim; d += 16) {
+#if defined(RK_TRANSPOSES_FROM_MEMORY)
+        if constexpr (sizeof(T) == sizeof(float)) {
+          if (d + 16 <= p.head_dim) {
+            transpose_rows(from, d, keys + d * kKeyTile + j, kKeyTile);
+            continue;
+          }
+        }
+#endif
         F16 rows[16];
         for (int i = 0; i < 16; ++i) rows[i] = load_some(from[i] + d, p.head_dim - d);
         transpose(rows);
@@ -190,14 +159,16 @@ struct Worker {
         const int vectors = (least(n, tile.hi - at) + 15) / 16;
         if (tile.hi <= at || tile.lo >= at + n) continue;
         for (int v = 0; v < vectors; v += kVectors) {
-          kScoreTiles[rows - 1][least(kVectors, vectors - v) - 1](q + i * round_up_16(p.head_dim), round_up_16(p.head_dim), keys + 16 * v,
-                                                                  p.head_dim, scores + i * kScoreStride + at - base + 16 * v);
+          kScoreTiles[rows - 1][least(kVectors, vectors - v) - 1](q + i * round_up_16(p.head_dim),
+                                                                  round_up_16(p.head_dim), keys + 16 * v, p.head_dim,
+                                                                  scores + i * kScoreStride + at - base + 16 * v);
         }
       }
     }
   }
 
-  // Scores of row-head i become weights exp2(s - top); what the row does not see becomes 0. Lane j holds positions = j mod 16.
+  // Scores of row-head i become weights exp2(s - top); what the row does not see becomes 0. Lane j holds positions = j
+  // mod 16.
   void softmax_row(int i, int base, int width, float* top_at, float* total_at) const {
     const int from = most(lo[i] - base, 0), to = least(hi[i] - base, kChunk);
     float* s = scores + i * kScoreStride;
@@ -208,7 +179,8 @@ struct Worker {
       for (int j = from & ~15; j < to; j += 16) store(s + j, mul(outer, tanh_16(mul(load(s + j), inner))));
       factor = kLog2e;
     }
-    const int full = (from + 15) & ~15, end = to & ~15;  // vectors [full, end) are seen whole; at most one is cut on each side
+    const int full = (from + 15) & ~15,
+              end = to & ~15;  // vectors [full, end) are seen whole; at most one is cut on each side
     const auto edge = [&](int j) { return keep_lanes(load(s + j), from - j, to - j, none); };
     F16 highest[4] = {none, none, none, none};
     if (from < full && from < to) highest[1] = edge(full - 16);
@@ -237,7 +209,8 @@ struct Worker {
     const int a = e.row_lo * group, b = e.row_hi * group;
     const Range all = seen(a, b);
     const int last = least(e.position + e.num_keys, all.hi), first = most(e.position, all.lo);
-    const bool direct = sizeof(T) == sizeof(float) && e.contiguous != 0 && p.head_dim_v % 16 == 0 && b - a <= kDirectRows;
+    const bool direct =
+        sizeof(T) == sizeof(float) && e.contiguous != 0 && p.head_dim_v % 16 == 0 && b - a <= kDirectRows;
     for (int at = first; at < last; at += kKeyTile) {
       const int n = least(kKeyTile, last - at);
       const int32_t* slots = plan.keys + e.key_offset + at - e.position;
@@ -257,8 +230,8 @@ struct Worker {
           const Range tile = seen(i, i + rows);
           const int skip = most(0, tile.lo - at), count = least(n, tile.hi - at) - skip;
           if (count <= 0) continue;
-          kValueTiles[rows - 1][vectors - 1](scores + i * kScoreStride + at + skip - base, from + skip * stride + d, stride, count,
-                                             into + i * dv + d, dv);
+          kValueTiles[rows - 1][vectors - 1](scores + i * kScoreStride + at + skip - base, from + skip * stride + d,
+                                             stride, count, into + i * dv + d, dv);
         }
       }
     }
@@ -310,12 +283,11 @@ struct Worker {
       const int64_t at = static_cast<int64_t>(row) * p.num_qo_heads + head;
       T* to = static_cast<T*>(p.out) + at * p.head_dim_v;
       for (int d = 0; d < p.head_dim_v; d += 16) {
-        float lanes[16];
-        store(lanes, div(mul(load(acc + i * dv + d), scale), by));
-        for (int j = 0; j < least(16, p.head_dim_v - d); ++j) put(to + d + j, lanes[j]);
+        store_some(to + d, div(mul(load(acc + i * dv + d), scale), by), p.head_dim_v - d);
       }
       if (p.lse != nullptr) {
-        p.lse[at] = empty ? -INFINITY : static_cast<float>(peak * 0.6931471805599453 + std::log(static_cast<double>(sums)));
+        p.lse[at] =
+            empty ? -INFINITY : static_cast<float>(peak * 0.6931471805599453 + std::log(static_cast<double>(sums)));
       }
     }
   }
@@ -351,7 +323,8 @@ void run_typed(const AttentionParams& p, const AttentionUnit& unit, float* scrat
 }
 
 template <class T>
-void finish_typed(const AttentionParams& p, const AttentionUnit& unit, const float* parts, int64_t part_stride, float* scratch) {
+void finish_typed(const AttentionParams& p, const AttentionUnit& unit, const float* parts, int64_t part_stride,
+                  float* scratch) {
   const Worker<T> w(p, unit, scratch);
   memset(w.acc, 0, sizeof(float) * w.m * w.dv);
   memset(w.total, 0, sizeof(float) * w.m);
@@ -363,15 +336,22 @@ void finish_typed(const AttentionParams& p, const AttentionUnit& unit, const flo
 }
 
 void run(const AttentionParams& p, const AttentionUnit& unit, float* scratch) {
-  if (p.dtype == Dtype::f32) run_typed<float>(p, unit, scratch);
-  else if (p.dtype == Dtype::bf16) run_typed<Bf16>(p, unit, scratch);
-  else run_typed<Half>(p, unit, scratch);
+  if (p.dtype == Dtype::f32)
+    run_typed<float>(p, unit, scratch);
+  else if (p.dtype == Dtype::bf16)
+    run_typed<Bf16>(p, unit, scratch);
+  else
+    run_typed<Half>(p, unit, scratch);
 }
 
-void finish(const AttentionParams& p, const AttentionUnit& unit, const float* parts, int64_t part_stride, float* scratch) {
-  if (p.dtype == Dtype::f32) finish_typed<float>(p, unit, parts, part_stride, scratch);
-  else if (p.dtype == Dtype::bf16) finish_typed<Bf16>(p, unit, parts, part_stride, scratch);
-  else finish_typed<Half>(p, unit, parts, part_stride, scratch);
+void finish(const AttentionParams& p, const AttentionUnit& unit, const float* parts, int64_t part_stride,
+            float* scratch) {
+  if (p.dtype == Dtype::f32)
+    finish_typed<float>(p, unit, parts, part_stride, scratch);
+  else if (p.dtype == Dtype::bf16)
+    finish_typed<Bf16>(p, unit, parts, part_stride, scratch);
+  else
+    finish_typed<Half>(p, unit, parts, part_stride, scratch);
 }
 
 }  // namespace

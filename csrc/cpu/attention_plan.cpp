@@ -1,5 +1,5 @@
-// The attention planner: checks the segment forest, orders rows depth first, cuts them into blocks and lists, per block and
-// chunk of positions, the runs of keys with the rows that see them. Runs once per forward and head-group size.
+// The attention planner: checks the segment forest, orders rows depth first, cuts them into blocks and lists, per block
+// and chunk of positions, the runs of keys with the rows that see them. Runs once per forward and head-group size.
 #include <algorithm>
 #include <numeric>
 
@@ -11,13 +11,15 @@ namespace {
 // Rows x query heads per block: large enough to hide the packing of K, small enough for L2.
 constexpr int kBlockHeads = 96;
 
-int length_of(const PlanInputs& in, int s) { return in.indptr[s + 1] - in.indptr[s]; }
+int length_of(const PlanInputs& in, int s) {
+  return in.indptr[s + 1] - in.indptr[s];
+}
 
 struct Forest {
-  std::vector<int32_t> rank;          // [segments] place in depth-first order
-  std::vector<int32_t> segment_at;    // inverse of rank
+  std::vector<int32_t> rank;            // [segments] place in depth-first order
+  std::vector<int32_t> segment_at;      // inverse of rank
   std::vector<int32_t> row_lo, row_hi;  // [segments] sorted rows below, the segment's own included
-  std::vector<int32_t> row_order;     // [rows]
+  std::vector<int32_t> row_order;       // [rows]
 };
 
 Forest order_forest(const PlanInputs& in) {
@@ -167,7 +169,9 @@ PlanCheck check_plan(const PlanInputs& in) {
     highest = std::max(highest, in.slots[i]);
     lowest = std::min(lowest, in.slots[i]);
   }
-  if (lowest < 0) return fault(PlanRule::slot, std::find_if(in.slots, in.slots + in.num_keys, [](int32_t x) { return x < 0; }) - in.slots);
+  if (lowest < 0)
+    return fault(PlanRule::slot,
+                 std::find_if(in.slots, in.slots + in.num_keys, [](int32_t x) { return x < 0; }) - in.slots);
   for (int t = 0; t < in.num_rows; ++t) {
     const int s = in.row_segment[t];
     if (s < -1 || s >= in.num_segments) return fault(PlanRule::row_segment, t);

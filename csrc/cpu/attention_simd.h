@@ -1,5 +1,6 @@
-// Sixteen float lanes on every instruction set: one zmm, two ymm or sixteen scalars. Each operation is IEEE-exact per lane and
-// every reduction has one fixed tree, so the sets agree bit for bit. Included once per ISA, inside its namespace's file.
+// Sixteen float lanes on every instruction set: one zmm, two ymm or sixteen scalars. Each operation is IEEE-exact per
+// lane and every reduction has one fixed tree, so the sets agree bit for bit. Included once per ISA, inside its
+// namespace's file.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,9 @@
 
 #if defined(RK_ISA_avx512) || defined(RK_ISA_avx2)
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined register
+// GCC 12's own intrinsics start from an undefined register.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #endif
@@ -22,17 +25,39 @@ namespace RK_ISA {
 struct F16 {
   __m512 v;
 };
-static inline F16 zero() { return {_mm512_setzero_ps()}; }
-static inline F16 splat(float x) { return {_mm512_set1_ps(x)}; }
-static inline F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
-static inline void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
-static inline F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
-static inline F16 sub(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
-static inline F16 mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
-static inline F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
-static inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
-static inline F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-static inline F16 magnitude(F16 a) { return {_mm512_abs_ps(a.v)}; }
+static inline F16 zero() {
+  return {_mm512_setzero_ps()};
+}
+static inline F16 splat(float x) {
+  return {_mm512_set1_ps(x)};
+}
+static inline F16 load(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
+static inline void store(float* p, F16 a) {
+  _mm512_storeu_ps(p, a.v);
+}
+static inline F16 add(F16 a, F16 b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+static inline F16 sub(F16 a, F16 b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+static inline F16 mul(F16 a, F16 b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+static inline F16 div(F16 a, F16 b) {
+  return {_mm512_div_ps(a.v, b.v)};
+}
+static inline F16 max(F16 a, F16 b) {
+  return {_mm512_max_ps(a.v, b.v)};
+}
+static inline F16 fma(F16 a, F16 b, F16 c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+static inline F16 magnitude(F16 a) {
+  return {_mm512_abs_ps(a.v)};
+}
 static inline F16 with_sign(F16 a, F16 sign) {
   return {_mm512_or_ps(_mm512_abs_ps(a.v), _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))};
 }
@@ -41,7 +66,8 @@ static inline F16 select_less(F16 a, F16 b, F16 yes, F16 no) {
 }
 // 2^n for lanes holding 1.5 * 2^23 + n.
 static inline F16 power_of(F16 shifted) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_castps_si512(shifted.v), _mm512_set1_epi32(127)), 23))};
+  return {_mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_add_epi32(_mm512_castps_si512(shifted.v), _mm512_set1_epi32(127)), 23))};
 }
 // Lanes in [lo, hi) keep a, the others take `other`.
 static inline F16 keep_lanes(F16 a, int lo, int hi, F16 other) {
@@ -49,18 +75,27 @@ static inline F16 keep_lanes(F16 a, int lo, int hi, F16 other) {
   const uint32_t below_lo = lo >= 16 ? 0xffffu : lo <= 0 ? 0u : (1u << lo) - 1;
   return {_mm512_mask_blend_ps(static_cast<__mmask16>(below_hi & ~below_lo), other.v, a.v)};
 }
-static inline F16 load16(const float* p) { return load(p); }
-static inline F16 load_bf16(const uint16_t* p) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
+static inline F16 load16(const float* p) {
+  return load(p);
 }
-static inline F16 load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+static inline F16 load_bf16(const uint16_t* p) {
+  return {_mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
+}
+static inline F16 load_f16(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 static inline float fold_sum(__m256 x) {
   const __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   const __m128 t = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
 }
-static inline float sum(F16 a) { return fold_sum(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1))); }
-static inline float largest(F16 a) { return _mm512_reduce_max_ps(a.v); }
+static inline float sum(F16 a) {
+  return fold_sum(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
+}
+static inline float largest(F16 a) {
+  return _mm512_reduce_max_ps(a.v);
+}
 
 // In place: lane j of vector i <-> lane i of vector j.
 static inline void transpose(F16* r) {
@@ -79,11 +114,34 @@ static inline void transpose(F16* r) {
   }
   for (int j = 0; j < 4; ++j) {
     const __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
-    const __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88), d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88),
+                 d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
     r[j].v = _mm512_shuffle_f32x4(a, c, 0x88);
     r[8 + j].v = _mm512_shuffle_f32x4(a, c, 0xdd);
     r[4 + j].v = _mm512_shuffle_f32x4(b, d, 0x88);
     r[12 + j].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+// Sixteen columns of sixteen rows, transposed into `to`: the loads gather quarters of four rows, so that half of the
+// shuffles of a transpose in registers go away.
+#define RK_TRANSPOSES_FROM_MEMORY 1
+static inline void transpose_rows(const float* const* from, int column, float* to, int ldt) {
+  for (int k = 0; k < 4; ++k) {
+    __m512 r[4];
+    for (int i = 0; i < 4; ++i) {
+      __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(from[i] + column + 4 * k));
+      x = _mm512_insertf32x4(x, _mm_loadu_ps(from[4 + i] + column + 4 * k), 1);
+      x = _mm512_insertf32x4(x, _mm_loadu_ps(from[8 + i] + column + 4 * k), 2);
+      r[i] = _mm512_insertf32x4(x, _mm_loadu_ps(from[12 + i] + column + 4 * k), 3);
+    }
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])),
+                  b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])),
+                  d = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+    _mm512_storeu_ps(to + (4 * k + 0) * ldt, _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)));
+    _mm512_storeu_ps(to + (4 * k + 1) * ldt, _mm512_castpd_ps(_mm512_unpackhi_pd(a, c)));
+    _mm512_storeu_ps(to + (4 * k + 2) * ldt, _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)));
+    _mm512_storeu_ps(to + (4 * k + 3) * ldt, _mm512_castpd_ps(_mm512_unpackhi_pd(b, d)));
   }
 }
 
@@ -92,21 +150,38 @@ static inline void transpose(F16* r) {
 struct F16 {
   __m256 a, b;
 };
-#define RK_EACH(expression_a, expression_b) \
-  { (expression_a), (expression_b) }
-static inline F16 zero() { return RK_EACH(_mm256_setzero_ps(), _mm256_setzero_ps()); }
-static inline F16 splat(float x) { return RK_EACH(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
-static inline F16 load(const float* p) { return RK_EACH(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+#define RK_EACH(expression_a, expression_b) {(expression_a), (expression_b)}
+static inline F16 zero() {
+  return RK_EACH(_mm256_setzero_ps(), _mm256_setzero_ps());
+}
+static inline F16 splat(float x) {
+  return RK_EACH(_mm256_set1_ps(x), _mm256_set1_ps(x));
+}
+static inline F16 load(const float* p) {
+  return RK_EACH(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
+}
 static inline void store(float* p, F16 x) {
   _mm256_storeu_ps(p, x.a);
   _mm256_storeu_ps(p + 8, x.b);
 }
-static inline F16 add(F16 x, F16 y) { return RK_EACH(_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)); }
-static inline F16 sub(F16 x, F16 y) { return RK_EACH(_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)); }
-static inline F16 mul(F16 x, F16 y) { return RK_EACH(_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)); }
-static inline F16 div(F16 x, F16 y) { return RK_EACH(_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)); }
-static inline F16 max(F16 x, F16 y) { return RK_EACH(_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)); }
-static inline F16 fma(F16 x, F16 y, F16 z) { return RK_EACH(_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)); }
+static inline F16 add(F16 x, F16 y) {
+  return RK_EACH(_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b));
+}
+static inline F16 sub(F16 x, F16 y) {
+  return RK_EACH(_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b));
+}
+static inline F16 mul(F16 x, F16 y) {
+  return RK_EACH(_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b));
+}
+static inline F16 div(F16 x, F16 y) {
+  return RK_EACH(_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b));
+}
+static inline F16 max(F16 x, F16 y) {
+  return RK_EACH(_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b));
+}
+static inline F16 fma(F16 x, F16 y, F16 z) {
+  return RK_EACH(_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b));
+}
 static inline F16 magnitude(F16 x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return RK_EACH(_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b));
@@ -123,7 +198,9 @@ static inline F16 select_less(F16 x, F16 y, F16 yes, F16 no) {
 static inline __m256 power_of_half(__m256 x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(127)), 23));
 }
-static inline F16 power_of(F16 x) { return RK_EACH(power_of_half(x.a), power_of_half(x.b)); }
+static inline F16 power_of(F16 x) {
+  return RK_EACH(power_of_half(x.a), power_of_half(x.b));
+}
 static inline __m256 keep_half(__m256 x, int lo, int hi, __m256 other) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256i outside = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(lo), lane),
@@ -133,27 +210,35 @@ static inline __m256 keep_half(__m256 x, int lo, int hi, __m256 other) {
 static inline F16 keep_lanes(F16 x, int lo, int hi, F16 other) {
   return RK_EACH(keep_half(x.a, lo, hi, other.a), keep_half(x.b, lo - 8, hi - 8, other.b));
 }
-static inline F16 load16(const float* p) { return load(p); }
+static inline F16 load16(const float* p) {
+  return load(p);
+}
 static inline __m256i widen(const uint16_t* p) {
   return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 static inline F16 load_bf16(const uint16_t* p) {
-  return RK_EACH(_mm256_castsi256_ps(_mm256_slli_epi32(widen(p), 16)), _mm256_castsi256_ps(_mm256_slli_epi32(widen(p + 8), 16)));
+  return RK_EACH(_mm256_castsi256_ps(_mm256_slli_epi32(widen(p), 16)),
+                 _mm256_castsi256_ps(_mm256_slli_epi32(widen(p + 8), 16)));
 }
 static inline __m256 half_floats(__m256i h) {
   const __m256i body = _mm256_slli_epi32(_mm256_and_si256(h, _mm256_set1_epi32(0x7fff)), 13);
   const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(h, _mm256_set1_epi32(0x8000)), 16);
-  const __m256i special = _mm256_and_si256(_mm256_cmpgt_epi32(body, _mm256_set1_epi32(0x0f7fffff)), _mm256_set1_epi32(0x7f800000));
+  const __m256i special =
+      _mm256_and_si256(_mm256_cmpgt_epi32(body, _mm256_set1_epi32(0x0f7fffff)), _mm256_set1_epi32(0x7f800000));
   const __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(body), _mm256_set1_ps(0x1p112f));
   return _mm256_or_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, special)), value);
 }
-static inline F16 load_f16(const uint16_t* p) { return RK_EACH(half_floats(widen(p)), half_floats(widen(p + 8))); }
+static inline F16 load_f16(const uint16_t* p) {
+  return RK_EACH(half_floats(widen(p)), half_floats(widen(p + 8)));
+}
 static inline float fold_sum(__m256 x) {
   const __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   const __m128 t = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
 }
-static inline float sum(F16 x) { return fold_sum(_mm256_add_ps(x.a, x.b)); }
+static inline float sum(F16 x) {
+  return fold_sum(_mm256_add_ps(x.a, x.b));
+}
 static inline float largest(F16 x) {
   const __m256 m = _mm256_max_ps(x.a, x.b);
   const __m128 s = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
@@ -198,21 +283,41 @@ static inline void transpose(F16* r) {
 struct F16 {
   float v[16];
 };
-#define RK_LANES(expression)                     \
-  F16 r;                                         \
+#define RK_LANES(expression)                          \
+  F16 r;                                              \
   for (int i = 0; i < 16; ++i) r.v[i] = (expression); \
   return r
-static inline F16 zero() { RK_LANES(0.0f); }
-static inline F16 splat(float x) { RK_LANES(x); }
-static inline F16 load(const float* p) { RK_LANES(p[i]); }
-static inline void store(float* p, F16 a) { memcpy(p, a.v, sizeof(a.v)); }
-static inline F16 add(F16 a, F16 b) { RK_LANES(a.v[i] + b.v[i]); }
-static inline F16 sub(F16 a, F16 b) { RK_LANES(a.v[i] - b.v[i]); }
-static inline F16 mul(F16 a, F16 b) { RK_LANES(a.v[i] * b.v[i]); }
-static inline F16 div(F16 a, F16 b) { RK_LANES(a.v[i] / b.v[i]); }
-static inline F16 max(F16 a, F16 b) { RK_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+static inline F16 zero() {
+  RK_LANES(0.0f);
+}
+static inline F16 splat(float x) {
+  RK_LANES(x);
+}
+static inline F16 load(const float* p) {
+  RK_LANES(p[i]);
+}
+static inline void store(float* p, F16 a) {
+  memcpy(p, a.v, sizeof(a.v));
+}
+static inline F16 add(F16 a, F16 b) {
+  RK_LANES(a.v[i] + b.v[i]);
+}
+static inline F16 sub(F16 a, F16 b) {
+  RK_LANES(a.v[i] - b.v[i]);
+}
+static inline F16 mul(F16 a, F16 b) {
+  RK_LANES(a.v[i] * b.v[i]);
+}
+static inline F16 div(F16 a, F16 b) {
+  RK_LANES(a.v[i] / b.v[i]);
+}
+static inline F16 max(F16 a, F16 b) {
+  RK_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]);
+}
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-static inline F16 fma(F16 a, F16 b, F16 c) { RK_LANES(__builtin_fmaf(a.v[i], b.v[i], c.v[i])); }
+static inline F16 fma(F16 a, F16 b, F16 c) {
+  RK_LANES(__builtin_fmaf(a.v[i], b.v[i], c.v[i]));
+}
 #else
 // Without the instruction: the product is exact in double, and a sum rounded to odd rounds to the right float.
 static inline float fma_one(float a, float b, float c) {
@@ -228,17 +333,31 @@ static inline float fma_one(float a, float b, float c) {
   memcpy(&odd, &bits, 8);
   return static_cast<float>(odd);
 }
-static inline F16 fma(F16 a, F16 b, F16 c) { RK_LANES(fma_one(a.v[i], b.v[i], c.v[i])); }
+static inline F16 fma(F16 a, F16 b, F16 c) {
+  RK_LANES(fma_one(a.v[i], b.v[i], c.v[i]));
+}
 #endif
-static inline F16 magnitude(F16 a) { RK_LANES(bits_float(float_bits(a.v[i]) & 0x7fffffffu)); }
+static inline F16 magnitude(F16 a) {
+  RK_LANES(bits_float(float_bits(a.v[i]) & 0x7fffffffu));
+}
 static inline F16 with_sign(F16 a, F16 s) {
   RK_LANES(bits_float((float_bits(a.v[i]) & 0x7fffffffu) | (float_bits(s.v[i]) & 0x80000000u)));
 }
-static inline F16 select_less(F16 a, F16 b, F16 yes, F16 no) { RK_LANES(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]); }
-static inline F16 power_of(F16 a) { RK_LANES(bits_float((float_bits(a.v[i]) + 127u) << 23)); }
-static inline F16 keep_lanes(F16 a, int lo, int hi, F16 other) { RK_LANES(i >= lo && i < hi ? a.v[i] : other.v[i]); }
-static inline F16 load16(const float* p) { return load(p); }
-static inline F16 load_bf16(const uint16_t* p) { RK_LANES(bits_float(uint32_t{p[i]} << 16)); }
+static inline F16 select_less(F16 a, F16 b, F16 yes, F16 no) {
+  RK_LANES(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]);
+}
+static inline F16 power_of(F16 a) {
+  RK_LANES(bits_float((float_bits(a.v[i]) + 127u) << 23));
+}
+static inline F16 keep_lanes(F16 a, int lo, int hi, F16 other) {
+  RK_LANES(i >= lo && i < hi ? a.v[i] : other.v[i]);
+}
+static inline F16 load16(const float* p) {
+  return load(p);
+}
+static inline F16 load_bf16(const uint16_t* p) {
+  RK_LANES(bits_float(uint32_t{p[i]} << 16));
+}
 static inline F16 load_f16(const uint16_t* p) {
   F16 r;
   for (int i = 0; i < 16; ++i) {
@@ -273,65 +392,6 @@ static inline void transpose(F16* r) {
 #undef RK_LANES
 
 #endif
-
-struct Bf16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-static inline F16 load16(const Bf16* p) { return load_bf16(reinterpret_cast<const uint16_t*>(p)); }
-static inline F16 load16(const Half* p) { return load_f16(reinterpret_cast<const uint16_t*>(p)); }
-// The first n of 16 elements, zeros after; never reads past them.
-template <class T>
-static inline F16 load_some(const T* p, int n) {
-  if (n >= 16) return load16(p);
-  T piece[16];
-  memset(piece, 0, sizeof(piece));
-  for (int i = 0; i < n; ++i) piece[i] = p[i];
-  return load16(piece);
-}
-
-static inline void put(float* p, float x) { *p = x; }
-static inline void put(Bf16* p, float x) { p->bits = float_to_bf16(x); }
-static inline void put(Half* p, float x) { p->bits = float_to_f16(x); }
-
-// 2^x for x <= 128, relative error below 2^-23; 0 below -126; NaN stays NaN.
-static inline F16 exp2_16(F16 x) {
-  const F16 magic = splat(12582912.0f);
-  const F16 shifted = add(x, magic);
-  const F16 f = sub(x, sub(shifted, magic));
-  F16 p = splat(0.00015353361959569156f);
-  p = fma(p, f, splat(0.0013398875016719103f));
-  p = fma(p, f, splat(0.00961843691766262f));
-  p = fma(p, f, splat(0.055503323674201965f));
-  p = fma(p, f, splat(0.24022647738456726f));
-  p = fma(p, f, splat(0.6931471824645996f));
-  p = fma(p, f, splat(1.0f));
-  return select_less(x, splat(-126.0f), zero(), mul(p, power_of(shifted)));
-}
-
-static inline float exp2_one(float x) {
-  float lanes[16];
-  store(lanes, exp2_16(splat(x)));
-  return lanes[0];
-}
-
-// tanh: odd polynomial near 0, 1 - 2 / (e^2|x| + 1) beyond.
-static inline F16 tanh_16(F16 x) {
-  const F16 z = mul(x, x);
-  F16 p = splat(-0.005717044696211815f);
-  p = fma(p, z, splat(0.020650586113333702f));
-  p = fma(p, z, splat(-0.05374349653720856f));
-  p = fma(p, z, splat(0.13331490755081177f));
-  p = fma(p, z, splat(-0.3333328366279602f));
-  const F16 near = fma(mul(p, z), x, x);
-  const F16 size = magnitude(x);
-  const F16 bounded = select_less(splat(10.0f), size, splat(10.0f), size);
-  const F16 e = exp2_16(mul(bounded, splat(2.8853900817779268f)));
-  const F16 far = with_sign(sub(splat(1.0f), div(splat(2.0f), add(e, splat(1.0f)))), x);
-  return select_less(size, splat(0.625f), near, far);
-}
 
 }  // namespace RK_ISA
 }  // namespace rainkernels

@@ -49,10 +49,12 @@ int64_t kv_write(const KvWriteParams& p, int num_threads) {
   return -1;
 }
 
-void kv_copy(char* k_pool, int64_t k_bytes, char* v_pool, int64_t v_bytes, const int32_t* src, const int32_t* dst, int64_t n) {
+void kv_copy(char* k_pool, int64_t k_bytes, char* v_pool, int64_t v_bytes, const int32_t* src, const int32_t* dst,
+             int64_t n) {
   std::vector<int32_t> read(src, src + n);
   std::sort(read.begin(), read.end());
-  const bool staged = std::any_of(dst, dst + n, [&](int32_t slot) { return std::binary_search(read.begin(), read.end(), slot); });
+  const bool staged =
+      std::any_of(dst, dst + n, [&](int32_t slot) { return std::binary_search(read.begin(), read.end(), slot); });
   const auto copy = [&](char* pool, int64_t bytes) {
     std::vector<char> kept;
     if (staged) {

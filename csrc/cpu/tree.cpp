@@ -30,20 +30,23 @@ struct Grouping {
 }  // namespace
 
 #if defined(RK_HAS_X86_ISAS)
-#define RK_DISPATCH(name)                                                        \
-  switch (detected_isa()) {                                                      \
-    case Isa::avx512: return avx512::tree_##name(f, a, grouping.view(), threads); \
-    case Isa::avx2: return avx2::tree_##name(f, a, grouping.view(), threads);     \
-    default: return baseline::tree_##name(f, a, grouping.view(), threads);        \
+#define RK_DISPATCH(name)                                           \
+  switch (detected_isa()) {                                         \
+    case Isa::avx512:                                               \
+      return avx512::tree_##name(f, a, grouping.view(), threads);   \
+    case Isa::avx2:                                                 \
+      return avx2::tree_##name(f, a, grouping.view(), threads);     \
+    default:                                                        \
+      return baseline::tree_##name(f, a, grouping.view(), threads); \
   }
 #else
 #define RK_DISPATCH(name) return baseline::tree_##name(f, a, grouping.view(), threads);
 #endif
 
-#define RK_DEFINE(name, Args)                                          \
-  int64_t tree_##name(const Forest& f, const Args& a, int threads) {   \
-    const Grouping grouping(a.tree_ids, a.n);                          \
-    RK_DISPATCH(name)                                                  \
+#define RK_DEFINE(name, Args)                                        \
+  int64_t tree_##name(const Forest& f, const Args& a, int threads) { \
+    const Grouping grouping(a.tree_ids, a.n);                        \
+    RK_DISPATCH(name)                                                \
   }
 RK_TREE_OPS(RK_DEFINE)
 

@@ -2,6 +2,7 @@
 // of it could be kept from the widest build and run on a machine that lacks those instructions.
 #include "cpu/tree.h"
 #include "rainkernels/tree_ops.h"
+#include "rainkernels/tree_reroot.h"
 
 namespace rainkernels::RK_ISA {
 namespace {
@@ -12,7 +13,9 @@ int64_t error_word(int64_t item, TreeError error) {
 
 constexpr int64_t kTogether = 16;  // trees whose cache misses overlap
 
-int64_t num_tiles(int64_t n) { return (n + kTogether - 1) / kTogether; }
+int64_t num_tiles(int64_t n) {
+  return (n + kTogether - 1) / kTogether;
+}
 
 void prefetch(const void* from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
@@ -63,7 +66,8 @@ int64_t select_tile(const Forest& f, const SelectArgs& a, int64_t begin, int64_t
     }
     num_active = kept;
   }
-  for (int64_t i = begin; i < end && worst == kNoError; ++i) worst = error_word(i, Op::finish(f, a, i, cursors[i - begin]));
+  for (int64_t i = begin; i < end && worst == kNoError; ++i)
+    worst = error_word(i, Op::finish(f, a, i, cursors[i - begin]));
   return worst;
 }
 
@@ -125,7 +129,8 @@ struct Ahead<Backup<Real>> {
   }
 };
 
-// All checks, then all trees at once, each tree serially. A tile of trees belongs to one thread, which may look ahead in it.
+// All checks, then all trees at once, each tree serially. A tile of trees belongs to one thread, which may look ahead
+// in it.
 template <class Op>
 int64_t write_all(const Forest& f, const typename Op::Args& a, const TreeGroups& g, int threads) {
   int64_t worst = kNoError;
@@ -155,12 +160,12 @@ int64_t write_all(const Forest& f, const typename Op::Args& a, const TreeGroups&
 
 }  // namespace
 
-#define RK_READ(name, Args, float_tile, double_tile)                                                  \
-  int64_t tree_##name(const Forest& f, const Args& a, const TreeGroups&, int threads) {               \
-    return read_all<Args>(f, a, threads, f.is_double ? &double_tile : &float_tile);                   \
+#define RK_READ(name, Args, float_tile, double_tile)                                    \
+  int64_t tree_##name(const Forest& f, const Args& a, const TreeGroups&, int threads) { \
+    return read_all<Args>(f, a, threads, f.is_double ? &double_tile : &float_tile);     \
   }
-#define RK_WRITE(name, Op)                                                                             \
-  int64_t tree_##name(const Forest& f, const Op<float>::Args& a, const TreeGroups& g, int threads) {   \
+#define RK_WRITE(name, Op)                                                                                 \
+  int64_t tree_##name(const Forest& f, const Op<float>::Args& a, const TreeGroups& g, int threads) {       \
     return f.is_double ? write_all<Op<double>>(f, a, g, threads) : write_all<Op<float>>(f, a, g, threads); \
   }
 

@@ -34,9 +34,12 @@ __global__ void __launch_bounds__(kThreads) kv_write_kernel(const __grid_constan
   const KvSide& side = blockIdx.y == 0 ? p.k : p.v;
   const int32_t slot = p.slot_mapping[token];
   if (!slot_written(slot, p.num_slots)) return;
-  if (allows(side, 16)) copy_token<uint4>(side, token, slot, p.num_heads);
-  else if (allows(side, 4)) copy_token<uint32_t>(side, token, slot, p.num_heads);
-  else copy_token<uint16_t>(side, token, slot, p.num_heads);
+  if (allows(side, 16))
+    copy_token<uint4>(side, token, slot, p.num_heads);
+  else if (allows(side, 4))
+    copy_token<uint32_t>(side, token, slot, p.num_heads);
+  else
+    copy_token<uint16_t>(side, token, slot, p.num_heads);
 }
 
 }  // namespace

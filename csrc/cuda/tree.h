@@ -1,5 +1,5 @@
-// CUDA lane of the `tree` family: launchers on a stream (a cudaStream_t), returning a cudaError_t. The word at `error` must
-// hold kNoError; a bad item leaves the smallest error word there, and then nothing else is written to the forest.
+// CUDA lane of the `tree` family: launchers on a stream (a cudaStream_t), returning a cudaError_t. The word at `error`
+// must hold kNoError; a bad item leaves the smallest error word there, and then nothing else is written to the forest.
 #pragma once
 
 #include <cstdint>

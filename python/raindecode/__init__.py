@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raindecode import env
 
-env.request_reproducible_mkl()  # before torch makes its first matrix product
+env.prepare_process()  # before torch is imported
 
 from raindecode.decoder import Decoder  # noqa: E402
 from raindecode.errors import (  # noqa: E402

@@ -53,7 +53,8 @@ class _Call(NamedTuple):
 class AttentionPlan:
     """Which keys every row sees. Made by `attention_plan`, opaque, shared by all layers of a forward.
 
-    All tensors are int32 on the cpu. Layouts and workspaces are derived on first use and kept with the plan.
+    All tensors are int32 on the cpu. Layouts, workspaces and the lane are found at the first call of each shape and kept
+    with the plan; several threads may use one plan.
     """
 
     segment_parent: Tensor  # [num_segments]
@@ -92,7 +93,7 @@ def attention_plan(
     A row at position p in segment s attends to every key at a position <= p on the path from the root to s, its own
     key included: K and V of the rows must be in their slots before attention runs. A child forks at its parent's end.
 
-    Shapes (all int32, on the cpu; they are kept, not copied):
+    Shapes (all int32, on the cpu; copied):
         segment_parent:       [num_segments], -1 for a root, parents before children
         segment_start:        [num_segments], position of the first token; 0 for a root
         segment_slots_indptr: [num_segments + 1], segment s owns slots[indptr[s]:indptr[s + 1]]
@@ -112,6 +113,13 @@ def attention_plan(
         ("row_position", row_position, row_segment),
     ):
         check_tensor(name, t, dtype=torch.int32, shape=(None if length is None else length.shape[0],), device=_CPU)
+    # Copied first and checked then: nobody can change a checked slot afterwards.
+    segment_parent, segment_start, segment_slots_indptr = (
+        segment_parent.clone(),
+        segment_start.clone(),
+        segment_slots_indptr.clone(),
+    )
+    slots, row_segment, row_position = slots.clone(), row_segment.clone(), row_position.clone()
     num_segments, num_rows = segment_parent.shape[0], row_segment.shape[0]
     if segment_slots_indptr.shape[0] != num_segments + 1:
         raise ShapeError(
@@ -236,7 +244,7 @@ def _prepare(
     out_shape, lse_shape = (num_rows, num_qo_heads, head_dim_v), (num_rows, num_qo_heads)
     if choose_lane("attention", q.device) == "reference":
         return _Call(None, out_shape, lse_shape, 0, ())
-    layout = _layout(plan, max(1, num_qo_heads // num_kv_heads))
+    layout = _layout(plan, num_qo_heads // num_kv_heads)
     sizes = (layout.data_ptr(), num_qo_heads, num_kv_heads, head_dim, head_dim_v, threads)
     arguments = (q.stride(0), q.stride(1), _DTYPE_CODE[q.dtype], float(scale), float(softcap), int(window), *sizes)
     return _Call(native().attention_cpu, out_shape, lse_shape, native().attention_workspace_floats(*sizes), arguments)
@@ -280,8 +288,8 @@ def _check_attention(
     check_tensor("v_pool", v_pool, dtype=dtype, shape=(num_slots, num_kv_heads, None), device=device)
     if num_rows != plan.num_rows:
         raise ShapeError(f"q has {num_rows} rows, the plan has {plan.num_rows}: build the plan from the same batch")
-    if num_kv_heads == 0 or num_qo_heads % num_kv_heads:
-        raise ShapeError(f"q has {num_qo_heads} heads, k_pool {num_kv_heads}: q's must be a multiple of it")
+    if num_kv_heads == 0 or num_qo_heads == 0 or num_qo_heads % num_kv_heads:
+        raise ShapeError(f"q has {num_qo_heads} heads, k_pool {num_kv_heads}: q's must be a positive multiple of it")
     if head_dim > 1 and q.stride(2) != 1:
         raise StrideError(f"q has strides {list(q.stride())}, its last dim must have stride 1: call .contiguous()")
     if plan.max_slot >= num_slots:
@@ -365,7 +373,7 @@ def _merge_state_fake(v_a: Tensor, lse_a: Tensor, v_b: Tensor, lse_b: Tensor) ->
     return torch.empty_like(v_a), torch.empty_like(lse_a)
 
 
-_LIBRARY: Any = torch.library.Library("rainkernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = torch.library.Library("rainkernels", "FRAGMENT")
 _LIBRARY.define(
     "tree_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor segment_parent, Tensor segment_start, "
     "Tensor segment_slots_indptr, Tensor slots, Tensor row_segment, Tensor row_position, float softmax_scale, "

@@ -14,6 +14,8 @@ from rainkernels.reference import kv as reference
 
 __all__ = ["kv_copy", "kv_write"]
 
+# Signatures of writes that passed every check: all layers of a step write the same one.
+_CHECKED: set[object] = set()
 _DTYPE_BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
@@ -33,7 +35,22 @@ def kv_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping:
         DeviceError, DtypeError, ShapeError, StrideError, RangeError: naming the argument.
     Devices: cpu, cuda (graph-safe).  Reference: rainkernels.reference.kv.kv_write
     """
-    tokens = _check_write(k, v, k_pool, v_pool, slot_mapping)
+    try:
+        signature = (
+            k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device,
+            k_pool.shape, k_pool.dtype, k_pool.device, k_pool.is_contiguous(), v_pool.shape, v_pool.dtype, v_pool.device,
+            v_pool.is_contiguous(), slot_mapping.shape, slot_mapping.dtype, slot_mapping.device, slot_mapping.is_contiguous(),
+        )  # fmt: skip
+        known = signature in _CHECKED
+    except (AttributeError, TypeError):  # not a tensor: the checks say which
+        _check_write(k, v, k_pool, v_pool, slot_mapping)
+        raise
+    if not known:
+        _check_write(k, v, k_pool, v_pool, slot_mapping)
+        if len(_CHECKED) >= 1024:
+            _CHECKED.clear()
+        _CHECKED.add(signature)
+    tokens = k.shape[0]
     lane = choose_lane("kv", k_pool.device)
     if lane == "reference":
         _check_slots("slot_mapping", slot_mapping, k_pool.shape[0], lowest=-1)
@@ -93,7 +110,7 @@ def kv_copy(k_pool: Tensor, v_pool: Tensor, src: Tensor, dst: Tensor) -> None:
         )  # fmt: skip
 
 
-def _check_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping: Tensor) -> int:
+def _check_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping: Tensor) -> None:
     check_tensor("k_pool", k_pool, dtype=FLOATS, shape=(None, None, None))
     device, dtype = k_pool.device, k_pool.dtype
     _, heads, dim = k_pool.shape
@@ -105,7 +122,6 @@ def _check_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapp
     for name, t in (("k", k), ("v", v)):
         if t.shape[2] > 1 and t.stride(2) != 1:
             raise StrideError(f"{name} has strides {list(t.stride())}, the last must be 1: call .contiguous()")
-    return tokens
 
 
 def _check_slots(name: str, slots: Tensor, num_slots: int, *, lowest: int) -> None:
@@ -132,7 +148,7 @@ def _fake_copy(k_pool: Tensor, v_pool: Tensor, src: Tensor, dst: Tensor) -> None
     return None
 
 
-_LIBRARY: Any = torch.library.Library("rainkernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = torch.library.Library("rainkernels", "FRAGMENT")
 _LIBRARY.define("kv_write(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slot_mapping) -> ()")
 _LIBRARY.define("kv_copy(Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor src, Tensor dst) -> ()")
 for _key in ("CPU", "CUDA"):

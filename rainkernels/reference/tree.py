@@ -6,6 +6,7 @@ lane gives the same bits.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -18,7 +19,6 @@ from rainkernels._forest import (
     HEADER_FREE_ROWS,
     HEADER_IN_FLIGHT,
     HEADER_ROOT,
-    LEAF,
     NEED_CHILD,
     NONE,
     OVERFLOW,
@@ -301,7 +301,7 @@ def _path_slots(op: str, t: _Tree, path: Tensor, depth: Tensor, i: int) -> list[
         raise tree_error(op, TreeError.DEPTH, i)
     slots: list[int] = path[i, : int(depth[i]) + 1].tolist()
     if slots[0] != t.root or any(
-        not t.is_live(b) or t.parent(b) != a for a, b in zip(slots, slots[1:], strict=False)
+        not t.is_live(b) or t.parent(b) != a for a, b in itertools.pairwise(slots)
     ):
         raise tree_error(op, TreeError.PATH, i)
     return slots

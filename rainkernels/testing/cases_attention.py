@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from rainkernels.ops.attention import AttentionPlan, attention_plan
 
-__all__ = ["CASES", "AttentionCase", "AttentionInputs", "Forest", "chain", "fan"]
+__all__ = ["CASES", "AttentionCase", "AttentionInputs", "AttentionOptions", "Forest", "chain", "fan"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,14 @@ def fan(prefix: int, branches: int, length: int, rows: int = 1) -> Forest:
     )
 
 
+class AttentionOptions(TypedDict):
+    """Keyword arguments of `tree_attention`."""
+
+    softmax_scale: float
+    softcap: float
+    sliding_window: int
+
+
 @dataclass(frozen=True)
 class AttentionInputs:
     """Tensors of one case: everything `tree_attention` takes, and the plan's arguments for the reference."""
@@ -66,7 +75,7 @@ class AttentionInputs:
     k_pool: Tensor
     v_pool: Tensor
     plan_inputs: dict[str, Tensor]
-    options: dict[str, float | int] = field(default_factory=dict)
+    options: AttentionOptions
     sinks: Tensor | None = None
 
     def plan(self) -> AttentionPlan:

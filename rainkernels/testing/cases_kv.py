@@ -20,7 +20,7 @@ class KvCase:
     head_dim: int = 32
     head_dim_v: int = 32
     num_slots: int = 64
-    layout: str = "contiguous"  # or "heads_first" (a transposed [heads, tokens, dim]), or "fused" (a slice of a QKV row)
+    layout: str = "contiguous"  # "heads_first": transposed [heads, tokens, dim]; "fused": a slice of a QKV row
     skipped: int = 0  # rows with slot -1
     repeated: bool = False  # several rows name one slot
 
@@ -65,5 +65,7 @@ CASES: tuple[KvCase, ...] = (
     KvCase("padding", 12, skipped=5),
     KvCase("all-padding", 4, skipped=4),
     KvCase("repeated-slots", 12, repeated=True, skipped=1),
-    KvCase("threaded", 600, num_kv_heads=4, head_dim=64, head_dim_v=64, num_slots=700, repeated=True, layout="heads_first"),
+    KvCase(
+        "threaded", 600, num_kv_heads=4, head_dim=64, head_dim_v=64, num_slots=700, repeated=True, layout="heads_first"
+    ),
 )

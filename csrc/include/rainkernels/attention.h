@@ -8,7 +8,8 @@
 
 #include "rainkernels/common.h"
 
-// Internal linkage: the same function is compiled for several instruction sets, and the linker must not pick one for all.
+// Internal linkage: the same function is compiled for several instruction sets, and the linker must not pick one for
+// all.
 #define RK_LOCAL static RK_INLINE
 #if defined(__GNUC__)
 #define RK_ALWAYS __attribute__((always_inline))
@@ -84,7 +85,9 @@ struct AttentionParams {
   int num_threads;
 };
 
-RK_LOCAL int round_up_16(int n) { return (n + 15) & ~15; }
+RK_LOCAL int round_up_16(int n) {
+  return (n + 15) & ~15;
+}
 
 // Floats of the scratch one thread needs; the order of the pieces is attention_kernels.cpp's own.
 static inline int64_t scratch_floats(int max_block_rows, int group, int head_dim, int head_dim_v) {
@@ -94,7 +97,9 @@ static inline int64_t scratch_floats(int max_block_rows, int group, int head_dim
 }
 
 // Floats of one (block, chunk, KV head) partial: m rows of accumulators, then m maxima, then m sums.
-static inline int64_t part_floats(int64_t m, int head_dim_v) { return m * (round_up_16(head_dim_v) + 2); }
+static inline int64_t part_floats(int64_t m, int head_dim_v) {
+  return m * (round_up_16(head_dim_v) + 2);
+}
 
 RK_LOCAL uint32_t float_bits(float x) {
   uint32_t u;
@@ -108,7 +113,9 @@ RK_LOCAL float bits_float(uint32_t u) {
   return x;
 }
 
-RK_LOCAL float bf16_to_float(uint16_t h) { return bits_float(uint32_t{h} << 16); }
+RK_LOCAL float bf16_to_float(uint16_t h) {
+  return bits_float(uint32_t{h} << 16);
+}
 
 RK_LOCAL uint16_t float_to_bf16(float x) {
   const uint32_t u = float_bits(x);

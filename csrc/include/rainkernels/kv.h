@@ -22,7 +22,9 @@ struct KvWriteParams {
   int64_t num_tokens, num_heads, num_slots;
 };
 
-static RK_INLINE bool slot_written(int32_t slot, int64_t num_slots) { return slot >= 0 && slot < num_slots; }
+static RK_INLINE bool slot_written(int32_t slot, int64_t num_slots) {
+  return slot >= 0 && slot < num_slots;
+}
 
 static RK_INLINE const char* kv_source(const KvSide& side, int64_t token, int64_t head) {
   return side.rows + token * side.stride_token + head * side.stride_head;

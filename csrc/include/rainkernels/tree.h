@@ -1,7 +1,7 @@
 // The forest of search trees: memory layout, arguments and error codes of the `tree` family (batched PUCT for RAIN).
 //
-// Every expansion owns one row of `children` slots: slot = row * children + k. Row 0 is never handed out, its slot 0 is the
-// first root, so slot ids survive both re-rooting and growing. One tree is one contiguous slab of each field.
+// Every expansion owns one row of `children` slots: slot = row * children + k. Row 0 is never handed out, its slot 0 is
+// the first root, so slot ids survive both re-rooting and growing. One tree is one contiguous slab of each field.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +14,10 @@
 
 namespace rainkernels {
 
-constexpr int32_t kNone = -1;        // no row, no slot, no embedding; also the result of an expansion that did not fit
-constexpr int32_t kPinnedRow = -2;   // owner of a row that only holds the current root: its other slots are gone
+constexpr int32_t kNone = -1;       // no row, no slot, no embedding; also the result of an expansion that did not fit
+constexpr int32_t kPinnedRow = -2;  // owner of a row that only holds the current root: its other slots are gone
 constexpr int32_t kMaxChildren = 32;
-constexpr int32_t kBlock = 64;       // dims between two checkpoints of a dot product
+constexpr int32_t kBlock = 64;  // dims between two checkpoints of a dot product
 
 enum SelectStatus : int32_t { kLeaf = 0, kNeedChild = 1 };
 
@@ -71,22 +71,22 @@ struct TreeParams {
 
 // Field order is that of FIELDS in rainkernels/ops/tree.py.
 enum TreeField : int32_t {
-  kVisits,         // Real  [B, slots]   n: direct visits plus similarity credit
-  kValues,         // Real  [B, slots]   q
-  kPriors,         // Real  [B, slots]   p
-  kDirectVisits,   // int32 [B, slots]   fn
-  kInFlightCount,  // int32 [B, slots]   O of WU-UCT
-  kChildRow,       // int32 [B, slots]   row with the children, kNone = leaf
-  kEmbeddingOf,    // int32 [B, slots]   pool index, kNone = none
-  kOwner,          // int32 [B, rows]    slot expanded by the row, kNone = free, kPinnedRow
-  kCount,          // int32 [B, rows]    children in the row
-  kSetLength,      // int32 [B, rows]    tokens of the first child
-  kFreeRows,       // int32 [B, rows-1]  stack; the part above the top is scratch of reroot
-  kFreeEmbeddings, // int32 [B, embeddings] stack
-  kBounds,         // Real  [B, 2]       least and greatest value seen, starting at -1 and 1
-  kHeader,         // int32 [B, kHeaderSize]
-  kMeans,          // float [B, embeddings, dim]
-  kTails,          // float [B, embeddings, blocks]  norm of dims [64 c, dim): entry 0 is the whole norm
+  kVisits,          // Real  [B, slots]   n: direct visits plus similarity credit
+  kValues,          // Real  [B, slots]   q
+  kPriors,          // Real  [B, slots]   p
+  kDirectVisits,    // int32 [B, slots]   fn
+  kInFlightCount,   // int32 [B, slots]   O of WU-UCT
+  kChildRow,        // int32 [B, slots]   row with the children, kNone = leaf
+  kEmbeddingOf,     // int32 [B, slots]   pool index, kNone = none
+  kOwner,           // int32 [B, rows]    slot expanded by the row, kNone = free, kPinnedRow
+  kCount,           // int32 [B, rows]    children in the row
+  kSetLength,       // int32 [B, rows]    tokens of the first child
+  kFreeRows,        // int32 [B, rows-1]  stack; the part above the top is scratch of reroot
+  kFreeEmbeddings,  // int32 [B, embeddings] stack
+  kBounds,          // Real  [B, 2]       least and greatest value seen, starting at -1 and 1
+  kHeader,          // int32 [B, kHeaderSize]
+  kMeans,           // float [B, embeddings, dim]
+  kTails,           // float [B, embeddings, blocks]  norm of dims [64 c, dim): entry 0 is the whole norm
   kNumFields
 };
 
@@ -116,7 +116,7 @@ struct SelectArgs {
 };
 
 struct ExpandArgs {
-  const int32_t *tree_ids;
+  const int32_t* tree_ids;
   int64_t n;
   const int32_t* nodes;
   const void* priors;  // Real [n, width]
@@ -141,7 +141,7 @@ struct BackupArgs {
   const void* value;       // Real [n]
   const float* embedding;  // null or [n, embedding_rows, dim]
   int64_t embedding_rows;
-  int32_t* dropped;        // [n] path nodes left without an embedding because the pool was empty
+  int32_t* dropped;  // [n] path nodes left without an embedding because the pool was empty
 };
 
 struct BestChildArgs {

@@ -45,8 +45,12 @@ static inline float fold(const Lanes& acc) {
   return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
-static inline void load(Lanes& v, const float* x) { __builtin_memcpy(&v, x, sizeof v); }
-static inline void store(float* x, const Lanes& v) { __builtin_memcpy(x, &v, sizeof v); }
+static inline void load(Lanes& v, const float* x) {
+  __builtin_memcpy(&v, x, sizeof v);
+}
+static inline void store(float* x, const Lanes& v) {
+  __builtin_memcpy(x, &v, sizeof v);
+}
 #else
 #if defined(__CUDACC__)
 #define RK_UNROLL _Pragma("unroll")
@@ -58,14 +62,14 @@ struct Lanes {
   RK_HOST_DEVICE float& operator[](int i) { return v[i]; }
 };
 
-#define RK_LANEWISE(op)                                                               \
-  RK_HOST_DEVICE static inline Lanes operator op(Lanes a, const Lanes& b) {           \
-    RK_UNROLL for (int i = 0; i < kLanes; ++i) a.v[i] = a.v[i] op b.v[i];             \
-    return a;                                                                         \
-  }                                                                                   \
-  RK_HOST_DEVICE static inline Lanes operator op(Lanes a, float b) {                  \
-    RK_UNROLL for (int i = 0; i < kLanes; ++i) a.v[i] = a.v[i] op b;                  \
-    return a;                                                                         \
+#define RK_LANEWISE(op)                                                     \
+  RK_HOST_DEVICE static inline Lanes operator op(Lanes a, const Lanes& b) { \
+    RK_UNROLL for (int i = 0; i < kLanes; ++i) a.v[i] = a.v[i] op b.v[i];   \
+    return a;                                                               \
+  }                                                                         \
+  RK_HOST_DEVICE static inline Lanes operator op(Lanes a, float b) {        \
+    RK_UNROLL for (int i = 0; i < kLanes; ++i) a.v[i] = a.v[i] op b;        \
+    return a;                                                               \
   }
 RK_LANEWISE(+)
 RK_LANEWISE(-)
@@ -89,19 +93,30 @@ RK_HOST_DEVICE static inline void store(float* x, const Lanes& v) {
 }
 #endif
 
-// Adds x * y of the last dims, fewer than 16; element j goes to accumulator j. The fixed trip count keeps acc in registers.
+// Adds x * y of the last dims, fewer than 16; element j goes to accumulator j. Padded with zeros rather than indexed,
+// so that acc stays in a register.
 RK_HOST_DEVICE static inline void add_products(Lanes& acc, const float* x, const float* y, int32_t size) {
 #if defined(__CUDA_ARCH__)
   RK_UNROLL for (int j = 0; j < kLanes; ++j) {
     if (j < size) acc.v[j] += x[j] * y[j];
   }
 #else
-  for (int32_t j = 0; j < size; ++j) acc[j] += x[j] * y[j];
+  if (size <= 0) return;
+  float pad_x[kLanes] = {}, pad_y[kLanes] = {};
+  for (int32_t j = 0; j < size && j < kLanes; ++j) pad_x[j] = x[j], pad_y[j] = y[j];
+  Lanes a, b;
+  load(a, pad_x);
+  load(b, pad_y);
+  acc = acc + a * b;
 #endif
 }
 
 RK_HOST_DEVICE static inline void clear(Lanes& v) {
+#if defined(__GNUC__) && !defined(__CUDACC__)
+  v = Lanes{};
+#else
   for (int i = 0; i < kLanes; ++i) v[i] = 0.0f;
+#endif
 }
 
 // Adds a[lo:hi] * b[lo:hi] to acc; lo is a multiple of 16.
@@ -116,7 +131,8 @@ RK_HOST_DEVICE static inline void dot_into(Lanes& acc, const float* a, const flo
   add_products(acc, a + i, b + i, hi - i);
 }
 
-// Cosine of two stored means, or kDissimilar as soon as Cauchy-Schwarz on the unread dims proves it below the threshold.
+// Cosine of two stored means, or kDissimilar as soon as Cauchy-Schwarz on the unread dims proves it below the
+// threshold.
 RK_HOST_DEVICE static inline float cosine_if_near(const TreeDims& d, const float* a, const float* tails_a,
                                                   const float* b, const float* tails_b, float threshold) {
   const float norm_a = tails_a[0] > kNormFloor ? tails_a[0] : kNormFloor;
@@ -127,7 +143,8 @@ RK_HOST_DEVICE static inline float cosine_if_near(const TreeDims& d, const float
   clear(acc);
   for (int32_t c = 0; c < d.blocks - 1; ++c) {
     dot_into(acc, a, b, c * kBlock, (c + 1) * kBlock);
-    if (fold(acc) + tails_a[c + 1] * tails_b[c + 1] < limit) return kDissimilar;
+    const bool at_power_of_two = ((c + 1) & c) == 0;  // a look costs as much as a block, so not after each
+    if (at_power_of_two && fold(acc) + tails_a[c + 1] * tails_b[c + 1] < limit) return kDissimilar;
   }
   dot_into(acc, a, b, (d.blocks - 1) * kBlock, d.dim);
   return fold(acc) / norms;
@@ -201,8 +218,12 @@ RK_HOST_DEVICE static inline float variance_norm(const TreeDims& d, const float*
   return root_of(fold(acc));
 }
 
-RK_HOST_DEVICE static inline bool is_finite(float x) { return x - x == 0.0f; }
-RK_HOST_DEVICE static inline bool is_finite(double x) { return x - x == 0.0; }
+RK_HOST_DEVICE static inline bool is_finite(float x) {
+  return x - x == 0.0f;
+}
+RK_HOST_DEVICE static inline bool is_finite(double x) {
+  return x - x == 0.0;
+}
 
 RK_HOST_DEVICE static inline bool all_finite(const float* x, int32_t size) {
   uint32_t bad = 0;
@@ -226,7 +247,10 @@ struct Scorer {
   bool flying;
 
   RK_HOST_DEVICE Scorer(const Tree<Real>& tree, int32_t parent, Real c)
-      : t(tree), low(t.bounds[0]), span(t.bounds[1] - t.bounds[0] + static_cast<Real>(1e-5)), c_puct(c),
+      : t(tree),
+        low(t.bounds[0]),
+        span(t.bounds[1] - t.bounds[0] + static_cast<Real>(1e-5)),
+        c_puct(c),
         flying(t.header[kInFlight] > 0) {
     Real explored = t.visits[parent];
     if (flying) explored = explored + static_cast<Real>(t.in_flight[parent]);

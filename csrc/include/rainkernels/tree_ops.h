@@ -1,5 +1,6 @@
 // The ops of the `tree` family on one item: check() reads and reports, apply() writes and cannot fail. Callers run all
-// checks before the first apply, and the items of one tree in the order given, so an op either happens wholly or not at all.
+// checks before the first apply, and the items of one tree in the order given, so an op either happens wholly or not at
+// all.
 #pragma once
 
 #include "rainkernels/tree_math.h"
@@ -13,7 +14,9 @@ struct Peers {
   RK_HOST_DEVICE int64_t at(int64_t i) const { return items ? items[i] : i; }
 };
 
-RK_HOST_DEVICE static inline bool bad_tree(const Forest& f, int32_t id) { return id < 0 || id >= f.dims.num_trees; }
+RK_HOST_DEVICE static inline bool bad_tree(const Forest& f, int32_t id) {
+  return id < 0 || id >= f.dims.num_trees;
+}
 
 template <class Real>
 RK_HOST_DEVICE static inline bool is_live(const Tree<Real>& t, const TreeDims& d, int32_t slot) {
@@ -57,7 +60,8 @@ RK_HOST_DEVICE static inline bool wants_child(const Tree<Real>& t, const Forest&
   const int32_t count = t.count[row], first = row * f.dims.children;
   if (count < 2 || count >= f.dims.children) return false;
   for (int32_t k = 0; k < count; ++k) {
-    if (t.embedding_of[first + k] < 0 || !(t.values[first + k] < static_cast<Real>(f.params.dynamic_value))) return false;
+    if (t.embedding_of[first + k] < 0 || !(t.values[first + k] < static_cast<Real>(f.params.dynamic_value)))
+      return false;
   }
   const float norm = variance_norm(f.dims, t.means, t.embedding_of + first, count);
   return norm < static_cast<float>(f.params.dynamic_variance) * static_cast<float>(t.set_length[row]);
@@ -241,7 +245,8 @@ struct Backup {
     const TreeDims& d = f.dims;
     const int32_t row = node / d.children, first = row * d.children, own = t.embedding_of[node];
     const float threshold = static_cast<float>(f.params.similarity_threshold);
-    const float *mean = t.means + static_cast<int64_t>(own) * d.dim, *tails = t.tails + static_cast<int64_t>(own) * d.blocks;
+    const float *mean = t.means + static_cast<int64_t>(own) * d.dim,
+                *tails = t.tails + static_cast<int64_t>(own) * d.blocks;
     for (int32_t slot = first; slot < first + t.count[row]; ++slot) {
       const int32_t other = t.embedding_of[slot];
       if (slot == node || other < 0) continue;
@@ -297,8 +302,8 @@ struct BestChild {
     int32_t best = kNone;
     for (int32_t k = 0; row >= 0 && k < t.count[row]; ++k) {
       const int32_t s = row * f.dims.children + k;
-      const bool better = best < 0 || t.visits[s] > t.visits[best] ||
-                          (t.visits[s] == t.visits[best] && t.values[s] > t.values[best]);
+      const bool better =
+          best < 0 || t.visits[s] > t.visits[best] || (t.visits[s] == t.visits[best] && t.values[s] > t.values[best]);
       if (better) best = s;
     }
     a.slot[i] = best;
@@ -306,112 +311,6 @@ struct BestChild {
     a.direct_visits[i] = best < 0 ? 0 : t.direct_visits[best];
     static_cast<Real*>(a.value)[i] = best < 0 ? Real(0) : t.values[best];
     return TreeError::none;
-  }
-};
-
-template <class Real>
-struct Reroot {
-  using Args = RerootArgs;
-
-  RK_HOST_DEVICE static TreeError check(const Forest& f, const Args& a, int64_t i, Peers before) {
-    if (bad_tree(f, a.tree_ids[i])) return TreeError::tree_id;
-    const Tree<Real> t = tree_at<Real>(f, a.tree_ids[i]);
-    if (!is_live(t, f.dims, a.slots[i])) return TreeError::node;
-    if (a.slots[i] == t.header[kRoot]) return TreeError::is_root;
-    if (t.header[kInFlight] > 0) return TreeError::in_flight;
-    for (int64_t p = 0; p < before.count; ++p) {
-      if (a.tree_ids[before.at(p)] == a.tree_ids[i]) return TreeError::duplicate;
-    }
-    return TreeError::none;
-  }
-
-  // Marks the rows below `root` by a negative count. The queue lives in the unused part of the free-row stack, which has
-  // exactly one entry per row in use.
-  RK_HOST_DEVICE static void mark_rows_below(Tree<Real>& t, const TreeDims& d, int32_t root) {
-    if (t.child_row[root] < 0) return;
-    int32_t* queue = t.free_rows + t.header[kNumFreeRows];
-    int32_t tail = 0;
-    queue[tail++] = t.child_row[root];
-    for (int32_t head = 0; head < tail; ++head) {
-      const int32_t row = queue[head];
-      for (int32_t k = 0; k < t.count[row]; ++k) {
-        const int32_t below = t.child_row[row * d.children + k];
-        if (below >= 0) queue[tail++] = below;
-      }
-      t.count[row] = -t.count[row];
-    }
-  }
-
-  RK_HOST_DEVICE static void drop_slot(Tree<Real>& t, uint8_t* freed, int32_t slot) {
-    freed[slot] = 1;
-    if (t.embedding_of[slot] >= 0) t.free_embeddings[t.header[kNumFreeEmbeddings]++] = t.embedding_of[slot];
-    t.embedding_of[slot] = kNone;
-  }
-
-  RK_HOST_DEVICE static void mix_priors(Tree<Real>& t, const Forest& f, int32_t root) {
-    const int32_t row = t.child_row[root];
-    const Real mix = static_cast<Real>(f.params.root_prior_mix);
-    if (row < 0 || !(mix > Real(0))) return;
-    Real* priors = t.priors + row * f.dims.children;
-    const int32_t count = t.count[row];
-    Real sum = Real(0);
-    for (int32_t k = 0; k < count; ++k) {
-      priors[k] = (Real(1) - mix) * priors[k] + mix / static_cast<Real>(count);
-      sum += priors[k];
-    }
-    for (int32_t k = 0; k < count; ++k) priors[k] /= sum;
-  }
-
-  RK_HOST_DEVICE static void apply(const Forest& f, const Args& a, int64_t i) {
-    const TreeDims& d = f.dims;
-    Tree<Real> t = tree_at<Real>(f, a.tree_ids[i]);
-    const int32_t root = a.slots[i], old_root = t.header[kRoot], home = root / d.children;
-    uint8_t* freed = a.freed + i * d.rows * d.children;
-    mark_rows_below(t, d, root);
-    drop_slot(t, freed, old_root);
-    for (int32_t row = d.rows - 1; row > 0; --row) {
-      if (t.count[row] < 0) {
-        t.count[row] = -t.count[row];
-        continue;
-      }
-      if (t.owner[row] == kNone) continue;
-      for (int32_t k = 0; k < t.count[row]; ++k) {
-        if (row * d.children + k != root) drop_slot(t, freed, row * d.children + k);
-      }
-      t.count[row] = 0;
-      t.owner[row] = row == home ? kPinnedRow : kNone;
-      if (row != home) t.free_rows[t.header[kNumFreeRows]++] = row;
-    }
-    t.header[kRoot] = root;
-    mix_priors(t, f, root);
-  }
-};
-
-template <class Real>
-struct Mark {
-  using Args = MarkArgs;
-
-  RK_HOST_DEVICE static TreeError check(const Forest& f, const Args& a, int64_t i, Peers before) {
-    if (bad_tree(f, a.tree_ids[i])) return TreeError::tree_id;
-    const Tree<Real> t = tree_at<Real>(f, a.tree_ids[i]);
-    const int32_t* path = a.path + i * f.dims.max_depth;
-    const TreeError wrong = check_path(t, f.dims, path, a.depth[i]);
-    if (wrong != TreeError::none || a.delta > 0) return wrong;
-    for (int32_t level = 0; level <= a.depth[i]; ++level) {
-      int32_t left = t.in_flight[path[level]];
-      for (int64_t p = 0; p < before.count; ++p) {  // a node has one depth, so it can only stand at this level
-        const int64_t j = before.at(p);
-        left -= a.tree_ids[j] == a.tree_ids[i] && a.depth[j] >= level && a.path[j * f.dims.max_depth + level] == path[level];
-      }
-      if (left < 1) return TreeError::mark;
-    }
-    return TreeError::none;
-  }
-
-  RK_HOST_DEVICE static void apply(const Forest& f, const Args& a, int64_t i) {
-    Tree<Real> t = tree_at<Real>(f, a.tree_ids[i]);
-    for (int32_t j = 0; j <= a.depth[i]; ++j) t.in_flight[a.path[i * f.dims.max_depth + j]] += a.delta;
-    t.header[kInFlight] += a.delta;
   }
 };
 

@@ -50,7 +50,7 @@ class TreeContext:
     pool: KVPool
     slot_mapping: Tensor  # [T] int32
     plan: AttentionPlan
-    layers_seen: set[int] = field(default_factory=set)
+    windows: dict[int, int] = field(default_factory=dict)  # sliding window of every layer that came by; 0 for none
 
 
 # For the few model files that drop unknown keyword arguments on their way down.
@@ -88,8 +88,11 @@ def rain_tree_attention(
         raise RuntimeError(
             f"{IMPLEMENTATION} attention runs inside raindecode's engine: use Decoder, or set another implementation"
         )
+    if attention_mask is not None:
+        raise RuntimeError("the model gives its attention a mask of its own, which a KV tree cannot apply")
     index = int(module.layer_idx)  # type: ignore[arg-type]
-    context.layers_seen.add(index)
+    window = 0 if sliding_window is None else int(sliding_window)
+    context.windows[index] = window
     k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
     k_pool, v_pool = context.pool.layer(index, k, v)
     kv_write(k, v, k_pool, v_pool, context.slot_mapping)
@@ -100,7 +103,7 @@ def rain_tree_attention(
         context.plan,
         softmax_scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         softcap=0.0 if softcap is None else float(softcap),
-        sliding_window=0 if sliding_window is None else int(sliding_window),
+        sliding_window=window,
         sinks=s_aux,
     )
     return out.unsqueeze(0), None

@@ -9,10 +9,12 @@ requests share the forward.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +28,7 @@ from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
 from raindecode.engine.model_runner import ModelRunner
 from raindecode.engine.rng import uniforms
-from raindecode.engine.types import Got, HostCall, Search, Want
+from raindecode.engine.types import Got, HostCall, Search, Want, Yielded
 from raindecode.errors import CapacityError, RainDecodeError, RequestCancelled
 
 # Every engine alive, so that a test can assert that no request left a slot behind.
@@ -55,6 +57,20 @@ class Task:
     def cancel(self) -> None:
         """End the request at the next step; its slots are freed and `error` is RequestCancelled."""
         self.cancelled = True
+
+    def expect(self, wanted: Yielded) -> None:
+        """Note what the search waits for.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: the engine cannot answer it.
+        """
+        self.host = wanted if isinstance(wanted, HostCall) else None
+        self.wants = () if isinstance(wanted, HostCall) else tuple(wanted)
+        self.answers = [None] * len(self.wants)
+        for want in self.wants:
+            want.branch.live()
+            if want.needs_logits and not want.branch.length:
+                raise ValueError("a search wants logits after a branch without tokens: append at least one token first")
 
 
 @dataclass
@@ -90,6 +106,7 @@ class Engine:
         self._waiting: deque[Task] = deque()
         self._kept: OrderedDict[int, LogitsRow] = OrderedDict()
         self._kept_bytes = 0
+        self._stepping = False
         LIVE_ENGINES.add(self)
 
     # ---- requests -------------------------------------------------------------------------------------------------
@@ -104,7 +121,7 @@ class Engine:
     def run(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """Run tasks to the end, yielding each as it finishes. Closing the iterator cancels what is left."""
         source = iter(tasks)
-        mine: set[Task] = set()
+        mine: dict[Task, None] = {}
         try:
             exhausted = False
             while not exhausted or mine:
@@ -113,10 +130,13 @@ class Engine:
                     if task is None:
                         exhausted = True
                     else:
-                        mine.add(task)
+                        mine[task] = None
                         self.submit(task)
-                for task in self.step() if mine else ():
-                    mine.discard(task)
+                if mine and not any(task.done for task in mine):
+                    self.step()
+                # Another run() over this engine may have taken the step in which one of ours ended.
+                for task in [task for task in mine if task.done]:
+                    del mine[task]
                     yield task
         finally:
             for task in mine:
@@ -125,23 +145,40 @@ class Engine:
     # ---- one step -------------------------------------------------------------------------------------------------
     def step(self) -> list[Task]:
         """Advance every running task by one forward; the tasks that ended."""
-        ended = self._admit()
-        ended += self._call_hosts()
-        started = time.perf_counter()
-        plan = self._plan(ended)
-        if not plan.served:
-            return ended
-        planned = time.perf_counter()
-        logits = self._forward(plan)
-        self.tree.commit()
-        ran = time.perf_counter()
-        ready = self._answer(plan, logits)
-        self._book(plan, {"plan": planned - started, "model": ran - planned, "sample": time.perf_counter() - ran})
-        return ended + self._resume(ready)
+        with self._alone():
+            ended = self._admit()
+            ended += self._call_hosts()
+            started = time.perf_counter()
+            plan = _Plan()
+            try:
+                self._plan(plan, ended)
+                planned = time.perf_counter()
+                logits = self._forward(plan)
+            except BaseException:
+                self._abandon(plan)
+                raise
+            self.tree.commit()
+            ran = time.perf_counter()
+            ready = self._answer(plan, logits)
+            self._book(plan, {"plan": planned - started, "model": ran - planned, "sample": time.perf_counter() - ran})
+            return ended + self._resume(ready)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self._stepping:
+            raise RainDecodeError(
+                "this decoder is in the middle of a step: an evaluator, a callback or another thread called it; "
+                "give that work a Decoder of its own"
+            )
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
 
     def _admit(self) -> list[Task]:
         ended: list[Task] = []
-        for task in [t for t in self._running if t.cancelled]:
+        for task in [t for t in (*self._running, *self._waiting) if t.cancelled]:
             self._finish(task, error=RequestCancelled("the request was cancelled"))
             ended.append(task)
         while self._waiting and len(self._running) < self.max_tasks:
@@ -162,10 +199,9 @@ class Engine:
                 ended += self._resume(_call_together(function, tasks))
         return ended
 
-    def _plan(self, ended: list[Task]) -> _Plan:
+    def _plan(self, plan: _Plan, ended: list[Task]) -> None:
         """Insert the wanted tokens into the tree, oldest request first. Requests that do not fit wait for slots."""
         while True:
-            plan = _Plan()
             if self._running and all(t.paused for t in self._running):
                 self._running[0].paused = False
             active = [t for t in self._running if not t.paused]
@@ -173,7 +209,7 @@ class Engine:
                 if not self._insert(task, plan):
                     break  # younger requests must not take the slots this one waits for
             if plan.served or not active:
-                return plan
+                return
             if len(active) > 1:
                 self._pause(active[-1])
                 continue
@@ -211,18 +247,12 @@ class Engine:
         """Run the planned rows; host logits by slot for the wants that need them."""
         wanted = {slot for task, i, slot, _ in plan.served if task.wants[i].needs_logits and slot in plan.rows}
         logits: dict[int, LogitsRow] = {}
-        if not plan.rows:
-            return logits
-        try:
-            for batch in build_batches(plan.rows.values(), self.runner.device, self.max_rows, self.pad_rows):
-                slots = [slot for slot in batch.row_of_slot if slot in wanted]
-                out = self.runner.forward(batch, [batch.row_of_slot[slot] for slot in slots])
-                self.model_steps += 1
-                if slots:
-                    logits.update(zip(slots, sampler.rows_to_host(out), strict=True))
-        except BaseException:
-            self._abandon(plan)
-            raise
+        for batch in build_batches(plan.rows.values(), self.runner.device, self.max_rows, self.pad_rows):
+            slots = [slot for slot in batch.row_of_slot if slot in wanted]
+            out = self.runner.forward(batch, [batch.row_of_slot[slot] for slot in slots])
+            self.model_steps += 1
+            if slots:
+                logits.update(zip(slots, sampler.rows_to_host(out), strict=True))
         return logits
 
     def _answer(self, plan: _Plan, logits: dict[int, LogitsRow]) -> list[tuple[Task, Any]]:
@@ -235,7 +265,7 @@ class Engine:
             mine = [next(numbers) for _ in want.draws]
             try:
                 task.answers[i] = self._got(want, logits.get(slot, kept), mine)
-            except FloatingPointError as error:
+            except Exception as error:  # NaN logits, an id outside the vocabulary: only this request ends
                 failed[task] = error
         ready: list[tuple[Task, Any]] = list(failed.items())
         for task in dict.fromkeys(task for task, *_ in plan.served):
@@ -254,6 +284,8 @@ class Engine:
             if want.top:
                 got.top_ids, got.top_probs = sampler.top_probs(row, want.top)
             got.gathered = [float(row[i]) for i in want.gather]
+            if any(math.isnan(value) for value in got.gathered):
+                raise FloatingPointError("a row of logits holds NaN: the model produced no number")
             got.logits = row if want.logits else None
             if want.keep:
                 self._keep(want.branch.hash, row)
@@ -273,16 +305,15 @@ class Engine:
                     wanted = task.search.throw(value)
                 else:
                     wanted = task.search.send(value)
+                while not isinstance(wanted, (HostCall, Want)) and not wanted:
+                    wanted = task.search.send([])  # nothing wanted: nothing to wait for
+                task.expect(wanted)
             except StopIteration as stop:
                 self._finish(task, result=stop.value)
                 ended.append(task)
             except Exception as error:
                 self._finish(task, error=error)
                 ended.append(task)
-            else:
-                task.host = wanted if isinstance(wanted, HostCall) else None
-                task.wants = () if isinstance(wanted, HostCall) else wanted
-                task.answers = [None] * len(task.wants)
         return ended
 
     # ---- bookkeeping ----------------------------------------------------------------------------------------------
@@ -318,9 +349,15 @@ class Engine:
             task.paused = False
 
     def _finish(self, task: Task, *, result: Any = None, error: BaseException | None = None) -> None:
-        task.search.close()
-        task.ledger.release()
-        task.result, task.error, task.done = result, error, True
+        if task.done:
+            return
+        try:
+            task.search.close()
+        except Exception as failure:  # a search that fails while closing still gives its slots back
+            error = error or failure
+        finally:
+            task.ledger.release()
+            task.result, task.error, task.done = result, error, True
         if task in self._running:
             self._running.remove(task)
             self._wake()
@@ -328,7 +365,7 @@ class Engine:
             self._waiting.remove(task)
 
     def _abandon(self, plan: _Plan) -> None:
-        """A forward failed: undo the insertion and end the requests in it."""
+        """The step failed: undo the insertion and end the requests in it."""
         self.tree.rollback()
         reason = RainDecodeError("the forward this request was part of failed; see the error that was raised")
         for task in dict.fromkeys(task for task, *_ in plan.served):

@@ -1,6 +1,6 @@
 """Exact mode: a row's numbers do not depend on what else is in the forward.
 
-Matrix products keep their bits through MKL's strict mode (env.request_reproducible_mkl); SiLU and GELU modules, whose
+Matrix products keep their bits through MKL's strict mode (env.prepare_process); SiLU and GELU modules, whose
 vector tails differ with width and thread count in PyTorch, are replaced by compositions of operations whose tails do
 not; attention is anchored to absolute positions by the kernel. A probe at load decides whether it holds.
 """

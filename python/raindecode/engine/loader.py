@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import logging
+import logging as standard_logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from raindecode import env
+from raindecode.engine.attention import IMPLEMENTATION
 from raindecode.engine.engine import Engine
 from raindecode.engine.exact import PADDED_ROWS, ExactMode, use_rowwise_activations
 from raindecode.engine.kv_tree import KVTree
@@ -17,7 +23,7 @@ from raindecode.engine.model_runner import ModelRunner, check_architecture
 from raindecode.engine.probe import check_against_stock, rows_are_invariant, stock_logits
 from raindecode.errors import ConfigError, ModelError, UnsupportedModelError
 
-_log = logging.getLogger("raindecode")
+_log = standard_logging.getLogger("raindecode")
 _POOL_BYTES_CPU = 2**30  # default size of the KV pool on a CPU
 _POOL_SHARE_GPU = 0.85  # share of free GPU memory the pool takes by default
 _MAX_DEFAULT_TOKENS = 1 << 17
@@ -47,12 +53,13 @@ def load_pretrained(
             "give 'testbed', a folder with config.json, or a hub id that is cached or reachable"
         ) from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
+        with _quiet_when_piped():
+            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
     except ValueError as error:
         raise UnsupportedModelError(
             f"{path!r} (model_type {config.model_type!r}) is not a causal language model transformers can load: {_first_line(error)}"
         ) from error
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"the weights of {path!r} could not be loaded: {_first_line(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -90,7 +97,8 @@ def build_engine(
         raise ConfigError(
             f"exact mode needs float32 on a CPU; this model is {model.dtype} on {model.device}: use exact=None or False"
         )
-    stock = stock_logits(model) if verify else None
+    known = model.config._attn_implementation == IMPLEMENTATION  # another Decoder has switched and checked it already
+    stock = stock_logits(model) if verify and not known else None
     wants_exact = on_cpu_fp32 if exact is None else exact
     if wants_exact:
         use_rowwise_activations(model)
@@ -130,6 +138,19 @@ def default_kv_tokens(runner: ModelRunner) -> int:
         free, _ = torch.cuda.mem_get_info(runner.device)
         return max(1024, int(free * _POOL_SHARE_GPU) // per_token)
     return max(1024, min(_MAX_DEFAULT_TOKENS, _POOL_BYTES_CPU // per_token))
+
+
+@contextmanager
+def _quiet_when_piped() -> Iterator[None]:
+    """No progress bar of transformers' weight loading where stderr is no terminal."""
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

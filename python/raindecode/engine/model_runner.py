@@ -15,7 +15,7 @@ from raindecode.engine.attention import IMPLEMENTATION, KVPool, TreeContext
 from raindecode.engine.batch import TokenBatch
 from raindecode.errors import UnsupportedModelError
 
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 # State that runs along the sequence cannot follow a tree of branches packed into one row.
 _STATEFUL_TYPES = {
     "bamba",
@@ -64,7 +64,6 @@ class ModelRunner:
                 f"{architecture(model)} does not go through transformers' attention interface, so its attention cannot "
                 "be replaced: convert the model to an architecture that does (for example Llama, Qwen, Mistral or Gemma)"
             )
-        model.base_model.register_forward_hook(self._catch_hidden)
 
     @torch.inference_mode()
     def forward(self, batch: TokenBatch, wanted: Sequence[int]) -> Tensor:
@@ -73,6 +72,8 @@ class ModelRunner:
         index = torch.tensor(list(wanted) or [0], device=self.device)
         options: dict[str, Any] = {"logits_to_keep": index} if self._takes_index else {}
         token = attention._current.set(context)
+        # Held for this call only: a hook that stays keeps this runner and its pools alive as long as the model.
+        hook = self.model.base_model.register_forward_hook(self._catch_hidden)
         try:
             out = self.model(
                 input_ids=batch.input_ids,
@@ -82,6 +83,7 @@ class ModelRunner:
                 **options,
             )
         finally:
+            hook.remove()
             attention._current.reset(token)
         self._check_layers(context)
         self._keep_hidden(batch.slot_mapping)
@@ -127,11 +129,22 @@ class ModelRunner:
         self.hidden.index_copy_(0, slot_mapping.long(), states[0])
 
     def _check_layers(self, context: TreeContext) -> None:
-        expected = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
-        if expected is not None and len(context.layers_seen) != expected:
+        text = self.model.config.get_text_config()
+        expected = getattr(text, "num_hidden_layers", None)
+        if expected is not None and len(context.windows) != expected:
             raise UnsupportedModelError(
-                f"{architecture(self.model)}: {len(context.layers_seen)} of its {expected} layers use attention that reads "
+                f"{architecture(self.model)}: {len(context.windows)} of its {expected} layers use attention that reads "
                 "the KV tree; a model with other kinds of layers cannot be served"
+            )
+        # A window that reaches attention only as a mask would be lost, and shows on paths longer than it only.
+        kinds = getattr(text, "layer_types", None) or ()
+        windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+        if not kinds and hasattr(type(text), "sliding_window") and text.sliding_window:
+            windowed = [0]
+        if any(not context.windows.get(i) for i in windowed):
+            raise UnsupportedModelError(
+                f"{architecture(self.model)} applies its sliding window as a mask and does not name it to the attention "
+                "function, so it would be ignored: this architecture is refused"
             )
 
 
@@ -156,6 +169,11 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"{architecture(model)} has no language-model head; only causal language models are served"
         )
     text = config.get_text_config()
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        raise UnsupportedModelError(
+            f"{architecture(model)} attends within fixed chunks (chunked_attention), which the engine does not do: "
+            "this architecture is refused"
+        )
     stateful = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS)
     if stateful or text.model_type in _STATEFUL_TYPES:
         kinds = ", ".join(stateful) or "recurrent state"

@@ -36,17 +36,22 @@ def check_against_stock(engine: Engine, expected: Sequence[LogitsRow]) -> None:
     """Compare two branches over a shared stem, run in one forward, with the stock model.
 
     Raises:
-        UnsupportedModelError: they differ; the architecture keeps state the tree does not carry.
+        UnsupportedModelError: they differ, so that something in the architecture is lost over a tree; or it does not run.
     """
     model = engine.runner.model
-    got = _logits(engine, _sequences(model))
+    try:
+        got = _logits(engine, _sequences(model))
+    except UnsupportedModelError:
+        raise
+    except Exception as cause:
+        raise UnsupportedModelError(f"{architecture(model)} does not run over a KV tree: {cause}") from cause
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     for ours, stock in zip(got, expected, strict=True):
         error = float(np.abs(ours - stock).max()) / max(1.0, float(np.abs(stock).max()))
         if not error <= tolerance:
             raise UnsupportedModelError(
-                f"{architecture(model)}: logits over a branching KV tree differ from the stock model by {error:.1e} (relative), "
-                "so this architecture keeps state the engine does not carry and is refused"
+                f"{architecture(model)}: logits over a branching KV tree differ from the stock model by {error:.1e} (relative): "
+                "it keeps state, a mask or a bias that the engine does not carry, and is refused"
             )
 
 

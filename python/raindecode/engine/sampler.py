@@ -41,9 +41,8 @@ class Filter:
         _require(
             _finite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more"
         )
-        _require(
-            self.top_k >= 0 and int(self.top_k) == self.top_k, "top_k", self.top_k, "a whole number, 0 (off) or more"
-        )
+        whole = isinstance(self.top_k, (int, np.integer)) and self.top_k >= 0
+        _require(whole, "top_k", self.top_k, "a whole number, 0 (off) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1 (off)")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 (off) to 1")
         _require(
@@ -84,15 +83,13 @@ def draw(
         FloatingPointError: the row holds NaN, or nothing but -inf.
     """
     raw = logits.astype(np.float64)
-    top = float(raw.max())
-    if not np.isfinite(top):
-        raise FloatingPointError(f"a row of logits has maximum {top}: the model produced NaN, +inf or nothing but -inf")
+    top = _top(raw)
     scores = _penalised(raw, shape.repetition_penalty, context)
     if shape.temperature == 0:
         token = int(scores.argmax())
         return Drawn(token, 1.0, _logprob(raw, top, token))
     if shape.temperature != 1.0:
-        scores = scores / shape.temperature
+        scores = (scores - scores.max()) / shape.temperature  # differences first: a tiny temperature must not overflow
     ids, probs = filtered(scores, shape)
     cdf = np.cumsum(probs)
     if uniform is None:
@@ -134,8 +131,13 @@ def top_ids(scores: npt.NDArray[np.floating], k: int) -> IntRow:
 
 
 def top_probs(logits: npt.NDArray[np.float32], k: int) -> tuple[list[int], list[float]]:
-    """The k most likely tokens and their probabilities renormalised over these k (RAIN's expansion at depth 0)."""
+    """The k most likely tokens and their probabilities renormalised over these k (RAIN's expansion at depth 0).
+
+    Raises:
+        FloatingPointError: as `draw`.
+    """
     raw = logits.astype(np.float64)
+    _top(raw)
     ids = top_ids(raw, k)
     weights = np.exp(raw[ids] - raw[ids[0]])
     weights /= weights.sum()
@@ -147,6 +149,13 @@ def log_softmax_at(logits: npt.NDArray[np.float32], ids: Sequence[int]) -> list[
     raw = logits.astype(np.float64)
     top = float(raw.max())
     return [_logprob(raw, top, i) for i in ids]
+
+
+def _top(raw: FloatRow) -> float:
+    top = float(raw.max())
+    if not np.isfinite(top):
+        raise FloatingPointError(f"a row of logits has maximum {top}: the model produced NaN, +inf or nothing but -inf")
+    return top
 
 
 def _logprob(raw: FloatRow, top: float, token: int) -> float:

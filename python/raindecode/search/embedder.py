@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raindecode.engine.branch import Branch
+from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.types import Got, HostCall, Want
 from raindecode.errors import EvaluatorError
 from raindecode.search.context import SearchContext
+
+# Mean state of the last prompt tokens, one per request: read once, since a request that is paused loses its slots.
+_centers: WeakKeyDictionary[Ledger, Tensor] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,23 @@ class HiddenStates:
         return int(context.engine.runner.model.config.get_text_config().hidden_size)
 
     def embed(self, context: SearchContext, paths: Paths) -> Generator[Any, Any, Tensor]:
-        answers: list[Got] = yield [Want(paths.branch, pool_from=paths.starts)]
+        wants = [Want(paths.branch, pool_from=paths.starts)]
+        ledger, ids = context.ledger, context.request.prompt_ids
+        if self.center and ledger not in _centers:
+            wants.append(Want(context.engine.open(ledger, ids), pool_from=[max(0, len(ids) - self._CENTER_TOKENS)]))
+        answers: list[Got] = yield wants
+        for want, answer in zip(wants[1:], answers[1:], strict=True):
+            want.branch.release()
+            assert answer.pooled is not None
+            _centers[ledger] = answer.pooled
         pooled = answers[0].pooled
         assert pooled is not None
         if self.center:
-            pooled = pooled - _prompt_center(context, self._CENTER_TOKENS, paths.branch)
+            pooled = pooled - _centers[ledger]
         return unit_rows(pooled)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: a function of your own need not be hashable
 class TextEmbedder:
     """A function of your own: texts -> vectors. Called once for all texts that are ready, of all requests."""
 
@@ -114,11 +126,3 @@ def unit_rows(vectors: Tensor) -> Tensor:
     norms = vectors.float().norm(dim=-1, keepdim=True)
     unit: Tensor = vectors.float() / norms.clamp_min(1e-12)
     return unit.contiguous()
-
-
-def _prompt_center(context: SearchContext, count: int, branch: Branch) -> Tensor:
-    """Mean hidden state of the last prompt tokens: the same vector for every path of a request."""
-    length = len(context.request.prompt_ids)
-    engine = context.engine
-    slots = np.array(engine.tree.slots(branch.live())[max(0, length - count) : length], dtype=np.int64)
-    return engine.runner.mean_hidden(torch.from_numpy(slots).to(engine.runner.device), [0]).cpu()

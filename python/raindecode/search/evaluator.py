@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from raindecode.engine.branch import Branch
 from raindecode.engine.types import Got, HostCall, Want
@@ -67,8 +68,10 @@ class SelfEvaluation:
         branches: list[Branch] = []
         for text in self.template.prompts(prompt, response):
             ids = context.codec.encode(text)
+            _check_room(context, len(ids))
             branches.append(context.engine.open(context.ledger, ids[: len(ids) - cut]))
         answers: list[Got] = yield [Want(branch, gather=letters) for branch in branches]
+        context.ledger.measure()  # evaluation prompts are where a request holds most
         for branch in branches:
             branch.release()
         good = 0
@@ -78,7 +81,7 @@ class SelfEvaluation:
         return 2.0 * (good / len(answers) - 0.5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: a function of your own need not be hashable
 class CallableEvaluator:
     """A function of your own: a list of (prompt, response) to as many scores in [-1, 1].
 
@@ -89,7 +92,7 @@ class CallableEvaluator:
 
     def evaluate(self, context: SearchContext, prompt: str, response: str) -> Generator[Any, Any, float]:
         try:
-            (score,) = yield HostCall(self.function, [(prompt, response)])
+            (score,) = yield HostCall(self._scores, [(prompt, response)])
         except GeneratorExit:
             raise
         except Exception as error:
@@ -97,6 +100,9 @@ class CallableEvaluator:
                 f"the evaluator {_name(self.function)} failed: {type(error).__name__}: {error}"
             ) from error
         return checked_score(score, _name(self.function))
+
+    def _scores(self, pairs: list[tuple[str, str]]) -> Sequence[float]:
+        return self.function(pairs)
 
 
 class ClassifierEvaluator:
@@ -180,20 +186,31 @@ def checked_score(score: Any, name: str) -> float:
     return value
 
 
-_letter_cache: dict[tuple[int, JudgeTemplate], tuple[int, list[int]]] = {}
+_letter_cache: WeakKeyDictionary[Codec, dict[JudgeTemplate, tuple[int, list[int]]]] = WeakKeyDictionary()
 
 
 def _letters(codec: Codec, template: JudgeTemplate) -> tuple[int, list[int]]:
     """Option tokens of a template with this tokenizer, read in context once."""
-    key = (id(codec), template)
-    if key not in _letter_cache:
+    known = _letter_cache.setdefault(codec, {})
+    if template not in known:
         contexts = [codec.options(text, template.letters) for text in template.prompts("Hello.", " Hi.")]
         if any(found != contexts[0] for found in contexts):
             raise ModelError(
                 "the two questions of the evaluation template lead to different option tokens: end both the same way"
             )
-        _letter_cache[key] = contexts[0]
-    return _letter_cache[key]
+        known[template] = contexts[0]
+    return known[template]
+
+
+def _check_room(context: SearchContext, length: int) -> None:
+    """Refuse an evaluation prompt the model has no positions for, before it reaches the shared forward."""
+    config = context.engine.runner.model.config.get_text_config()
+    room = getattr(config, "max_position_embeddings", None)
+    if room is not None and length > room:
+        raise EvaluatorError(
+            f"the evaluation prompt has {length} tokens, the context of the model {room}: "
+            "shorten the template's header, the prompt or max_new_tokens"
+        )
 
 
 def _name(function: object) -> str:

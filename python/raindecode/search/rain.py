@@ -31,15 +31,16 @@ class RAIN:
         set_lengths: tokens per set by depth; the last holds from there on.
         num_samples: distinct sampled sets wanted per expansion, besides the greedy one.
         max_tries: sampled sets tried for them.
+        dynamic_tries: sampled sets tried for one more child (dynamic rule).
         top_k, first_top_k: candidates of an expansion step; of the very first (single tokens).
-        expansion_temperature: of the sampled sets.
+        expansion_temperature: of the expansion's candidates.
         rollout_stop: characters after which a rollout ends; "" rolls out to the end of the answer.
         max_iterations: search iterations of a root, inherited visits counted (maxT).
         min_new_iterations: iterations a root may always have.
         min_visits: a child must have more direct visits than this to be chosen early (minT).
         value_threshold: and a mean value above this (Vt).
         root_prior_mix: p becomes (1 - mix) p + mix / k at a root.
-        keep_after_last: the answer is cut after the last of these characters; "" keeps all.
+        keep_after_last: what is judged and the answer are cut after the last of these characters; "" keeps all.
         record_tree: return the search trees with the completion.
     """
 
@@ -49,6 +50,7 @@ class RAIN:
     set_lengths: tuple[int, ...] = (1, 2, 4, 10)
     num_samples: int = 9
     max_tries: int = 9
+    dynamic_tries: int = 1
     top_k: int = 15
     first_top_k: int = 10
     expansion_temperature: float = 1.0
@@ -71,8 +73,8 @@ class RAIN:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "evaluator", as_evaluator(self.evaluator))
-        positive = ("num_samples", "max_tries", "top_k", "first_top_k", "max_iterations", "min_new_iterations")
-        for name in positive:
+        at_least_one = ("num_samples", "max_tries", "dynamic_tries", "top_k", "first_top_k", "max_iterations")
+        for name in (*at_least_one, "min_new_iterations"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"RAIN {name} is {getattr(self, name)}; allowed: 1 or more")
         if not self.set_lengths or min(self.set_lengths) < 1 or self.set_lengths[0] != 1:
@@ -156,6 +158,7 @@ def _adv() -> RAIN:
         format=ChatFormat(template("adv_system.txt") + " USER: {prompt} ASSISTANT:", stop=("USER:",)),
         stop=("USER:",),
         max_tries=19,
+        dynamic_tries=3,
         expansion_temperature=2.0,
         min_visits=5,
     )

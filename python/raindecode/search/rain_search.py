@@ -114,7 +114,8 @@ class RainSearch:
             answers: list[Got] = yield [Want(branch, top=count + 1, keep=True)]
             pool = [Candidate((t,), p) for t, p in zip(answers[0].top_ids, answers[0].top_probs, strict=True)]
         else:
-            fresh = yield from self._sets(node, samples=1, tries=1, purpose=name_draw(DYNAMIC, node.dynamic))
+            purpose = name_draw(DYNAMIC, node.dynamic)
+            fresh = yield from self._sets(node, samples=1, tries=self.rain.dynamic_tries, purpose=purpose)
             node.candidates = fresh + node.candidates
             pool = node.candidates[: count + 1]
         node.dynamic += 1
@@ -128,11 +129,12 @@ class RainSearch:
         """The candidate sets of a leaf with joint probabilities; single tokens at the start of the answer."""
         rain = self.rain
         if rain.set_length(leaf.step) == 1:
-            return (yield from first_tokens(self._branch(leaf), rain.first_top_k))
+            return (yield from first_tokens(self._branch(leaf), rain.first_top_k, rain.expansion_temperature))
         return (yield from self._sets(leaf, samples=rain.num_samples, tries=rain.max_tries, purpose=EXPAND))
 
     def _sets(self, node: SearchNode, *, samples: int, tries: int, purpose: int) -> Steps:
-        tail = self.tree.path_tokens(node)[-_STOP_LOOKBACK:]
+        path = self.tree.path_tokens(node)
+        room, tail = self.request.max_new_tokens - len(path), path[-_STOP_LOOKBACK:]
         sets = yield from candidate_sets(
             self.rain,
             self.request.seed,
@@ -141,7 +143,7 @@ class RainSearch:
             samples=samples,
             tries=tries,
             purpose=purpose,
-            ends=lambda tokens: self._closes(tail, tokens),
+            ends=lambda tokens: len(tokens) >= room or self._closes(tail, tokens),
         )
         return sets
 
@@ -157,7 +159,7 @@ class RainSearch:
         leaf = path[-1]
         tokens = self.committed + [t for node in path[1:] for t in node.tokens]
         rollout = yield from self._rollout(leaf, tokens)
-        jobs: list[Steps] = [self._verdict(self._text(tokens + rollout))]
+        jobs: list[Steps] = [self._verdict(self._kept(self._text(tokens + rollout)))]
         if len(path) > 1 and self.rain.embedder is not None:
             jobs.append(self._embed(path, rollout))
         results = yield from together(*jobs)
@@ -170,10 +172,9 @@ class RainSearch:
         source = self._branch(leaf)
         while not self._rollout_ends(tokens + rollout):
             at = source if branch is None else branch
-            counter = name_draw(at.hash, ROLLOUT, leaf.visits)
-            answers: list[Got] = yield [
-                Want(at, draws=[Draw(Filter(), self.request.seed, counter)], keep=branch is None)
-            ]
+            # Named by the leaf, not by the growing path: else a child on the rollout's way would repeat it word for word.
+            counter = name_draw(source.hash, ROLLOUT, leaf.visits, len(rollout))
+            answers: list[Got] = yield [Want(at, draws=[Draw(Filter(), self.request.seed, counter)], keep=True)]
             if branch is None:
                 branch = source.fork(reserve=16)
             token = answers[0].drawn[0].token
@@ -221,7 +222,9 @@ class RainSearch:
         return self.tree.branch(node)
 
     def _text(self, tokens: list[int]) -> str:
-        """Answer text of generated tokens, cut at a stop string; end-of-text tokens are not text."""
+        """Answer text of generated tokens, cut at a stop string; tokens that end the answer are not text."""
+        if tokens and (tokens[-1] in self.context.codec.eos_token_ids or tokens[-1] in self.request.stop_token_ids):
+            tokens = tokens[:-1]
         text = self.context.codec.continuation(self.request.prompt_ids, tokens)
         at = find_stop(text, self.stops)
         return text if at < 0 else text[:at]
@@ -251,23 +254,25 @@ class RainSearch:
         text = self._final_text() if final else self._text(self.committed)
         hold = 0 if final else max((len(s) for s in self.stops), default=1) - 1
         if final or not self.rain.keep_after_last:
-            upto = len(text) - hold
+            # A character whose bytes are not all there yet reads U+FFFD and may still change.
+            upto = len(text) if final else min(len(text) - hold, len(text.rstrip("\ufffd")))
             if upto > self._shown:
                 self.context.on_text(text[self._shown : upto])
                 self._shown = upto
 
     def _final_text(self) -> str:
-        text = self._text(self.committed[: self.request.max_new_tokens])
-        if self.rain.keep_after_last:
-            last = max(text.rfind(c) for c in self.rain.keep_after_last)
-            text = text[: last + 1] if last >= 0 else text
-        return text
+        return self._kept(self._text(self.committed))
+
+    def _kept(self, text: str) -> str:
+        """What `keep_after_last` leaves of an answer."""
+        last = max((text.rfind(c) for c in self.rain.keep_after_last), default=-1)
+        return text[: last + 1] if last >= 0 else text
 
     def _completion(self, reason: FinishReason, trees: list[dict[str, Any]] | None) -> Completion:
         return Completion(
             prompt=self.request.prompt,
             text=self._final_text(),
-            token_ids=self.committed[: self.request.max_new_tokens],
+            token_ids=self.committed,
             finish_reason=reason,
             seed=self.request.seed,
             stats=self.context.stats(iterations=self.iterations, evaluations=self.evaluations),

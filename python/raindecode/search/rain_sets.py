@@ -24,10 +24,12 @@ class Candidate(NamedTuple):
     prob: float
 
 
-def first_tokens(branch: Branch, count: int) -> Generator[Any, Any, list[Candidate]]:
-    """The most likely single tokens, probabilities renormalised over them (depth 0)."""
+def first_tokens(branch: Branch, count: int, temperature: float) -> Generator[Any, Any, list[Candidate]]:
+    """The most likely single tokens, probabilities at `temperature` renormalised over them (depth 0)."""
     answers: list[Got] = yield [Want(branch, top=count, keep=True)]
-    return [Candidate((t,), p) for t, p in zip(answers[0].top_ids, answers[0].top_probs, strict=True)]
+    probs = [p ** (1.0 / temperature) for p in answers[0].top_probs]
+    total = sum(probs) if temperature != 1.0 else 1.0
+    return [Candidate((t,), p / total) for t, p in zip(answers[0].top_ids, probs, strict=True)]
 
 
 def candidate_sets(
@@ -79,7 +81,7 @@ def _chains(
                 draws=[
                     Draw(shape, seed, name_draw(at.hash, purpose, names[i] + 1), greedy=names[i] < 0) for i in members
                 ],
-                keep=at is branch,
+                keep=True,
             )
             for at, members in groups.values()
         ]

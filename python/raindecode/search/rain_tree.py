@@ -57,7 +57,8 @@ class RainTree:
     def __init__(self, rain: RAIN, context: SearchContext) -> None:
         dimension = rain.embedder.dimension(context) if rain.embedder is not None else 1
         self._context = context
-        self.forest = ops.Forest.create(1, rain.tree_config(dimension))
+        # float64 as the official code: a mean value of exactly 0.8 must not pass "more than 0.8" by rounding.
+        self.forest = ops.Forest.create(1, rain.tree_config(dimension), dtype=torch.float64)
         slot = int(self.forest.roots()[0])
         self.root = SearchNode(slot, None, (), 0)
         self.root.branch = context.engine.open(context.ledger, context.request.prompt_ids)

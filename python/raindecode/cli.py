@@ -1,0 +1,59 @@
+"""The command line: ``raindecode generate | eval | doctor | demo``. Each command is a module of raindecode.commands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import raindecode
+from raindecode.commands.common import guarded, quiet_libraries
+from raindecode.commands.demo import demo
+from raindecode.commands.doctor import doctor
+from raindecode.commands.eval import EXAMPLES as EVAL_EXAMPLES
+from raindecode.commands.eval import evaluate
+from raindecode.commands.generate import EXAMPLES as GENERATE_EXAMPLES
+from raindecode.commands.generate import generate
+
+app = typer.Typer(
+    name="raindecode",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 `doctor` found something missing, 2 bad input (one sentence on stderr says what), 130 Ctrl-C.",
+)
+app.command("generate", epilog=GENERATE_EXAMPLES)(guarded(generate))
+app.command("eval", epilog=EVAL_EXAMPLES)(guarded(evaluate))
+app.command("doctor")(guarded(doctor))
+app.command("demo")(guarded(demo))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"raindecode {raindecode.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Aligns frozen language models while they decode.
+
+    A first try, with the model that comes with the package: `raindecode demo`
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Console entry point. Always ends in SystemExit with the exit code.
+
+    Args:
+        arguments: the words behind the program's name; None takes those of the process.
+    """
+    quiet_libraries()
+    app(args=None if arguments is None else list(arguments), prog_name="raindecode")

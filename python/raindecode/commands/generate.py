@@ -1,0 +1,260 @@
+"""``raindecode generate``: answers prompts with plain sampling or RAIN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, get_args
+
+import typer
+
+from raindecode.commands.common import REPORTED, load_decoder, one_of, printable, say
+from raindecode.commands.output import Output, counters
+from raindecode.commands.prompts import collect_prompts
+from raindecode.decoder import Decoder
+from raindecode.errors import ConfigError, RainDecodeError
+from raindecode.policy.policy import Policy
+from raindecode.policy.prompt import ChatFormat
+from raindecode.search.rain import RAIN, Preset
+from raindecode.search.sampling import Sampling
+from raindecode.types import Completion, Request
+
+_PRESETS = get_args(Preset)
+_SAMPLING, _RUN, _OUT = "Sampling (only with --search sampling)", "Running", "Output"
+EXAMPLES = """Examples:
+
+    raindecode generate "How do I paint the fence of the baker?"
+
+    raindecode generate --search rain --seed 7 "How do I burn the barn of the baker?"
+
+    raindecode generate --model ./my-llama --raw --greedy --stream "Once upon a time"
+
+    raindecode generate --file prompts.txt --num-samples 4 --json > answers.jsonl
+"""
+
+
+def generate(
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts, each in quotes.", show_default=False)] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="`testbed` (comes with the package), a local folder, or a hub id.")
+    ] = "testbed",
+    search: Annotated[str, typer.Option(help="How tokens are chosen: `sampling` or `rain`.")] = "sampling",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="RAIN set-up and prompt format: hh, adv, truth, sentiment or town. Default: town for the testbed; for "
+            "other models hh with --search rain, and the plain prompt with --search sampling.",
+        ),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Feed prompts as they are, without a chat format.")] = False,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            help="More prompts: a text file with one per line (blank lines are skipped), a .jsonl file with "
+            '{"prompt": ...} per line, or - for standard input. UTF-8.'
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer, 1 or more.")] = 256,
+    seed: Annotated[int, typer.Option(help="Same prompt, settings and seed: same answer.")] = 0,
+    num_samples: Annotated[int, typer.Option(help="Answers per prompt, with seeds seed, seed + 1, ...")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer. May be repeated.")] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="A token id that ends the answer. May be repeated.")
+    ] = None,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Always the most likely token.", rich_help_panel=_SAMPLING)
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 (greedy) or more; default 1.", rich_help_panel=_SAMPLING)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep the k likeliest; 0 is off.", rich_help_panel=_SAMPLING)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep this much probability; 1 is off.", rich_help_panel=_SAMPLING)
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Drop what is less than min-p times as likely as the best.", rich_help_panel=_SAMPLING),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 discourages tokens seen before.", rich_help_panel=_SAMPLING)
+    ] = None,
+    logprobs: Annotated[
+        bool,
+        typer.Option(
+            "--logprobs",
+            help="Log-probability of every token in --json and --output, their mean otherwise.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU when there is one.", rich_help_panel=_RUN)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16; default: float32 on a CPU, bfloat16 on a GPU.", rich_help_panel=_RUN
+        ),
+    ] = None,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(help="Capacity of the KV pool in tokens; default: sized from memory.", rich_help_panel=_RUN),
+    ] = None,
+    exact: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact/--no-exact",
+            help="Insist on exact mode (an answer does not depend on what runs beside it), or leave it off; default: on "
+            "where it holds.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    max_concurrent: Annotated[int, typer.Option(help="Requests advanced together.", rich_help_panel=_RUN)] = 32,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.", rich_help_panel=_RUN)
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print the answer as it comes (one prompt).", rich_help_panel=_OUT)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object per answer and line on stdout.", rich_help_panel=_OUT)
+    ] = False,
+    output: Annotated[
+        str | None, typer.Option(help="Also write the JSON lines to this file, as they come.", rich_help_panel=_OUT)
+    ] = None,
+    tree: Annotated[
+        str | None, typer.Option(help="Write RAIN's search trees to this JSON file.", rich_help_panel=_OUT)
+    ] = None,
+) -> None:
+    """Answer prompts with plain sampling or RAIN."""
+    prompts = collect_prompts(prompt or [], file)
+    chosen = make_search(
+        one_of("--search", search, ("sampling", "rain")), _preset(preset, model), greedy=greedy, tree=tree,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        logprobs=logprobs or None,
+    )  # fmt: skip
+    _check_shape(len(prompts), num_samples, seed, stream, as_json)
+    if stop and "" in stop:
+        raise ConfigError("--stop is an empty text, which would end every answer at once; give at least one character")
+    with Output(samples=num_samples, as_json=as_json, silent=stream, file=output, tree=tree) as sink:
+        decoder = load_decoder(
+            model, device=device, dtype=dtype, kv_tokens=kv_tokens, exact=exact, max_concurrent=max_concurrent,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        requests = decoder.requests(
+            prompts, search=chosen, policy=_policy(raw, preset, chosen), max_new_tokens=max_new_tokens, seed=seed,
+            stop=stop or (), stop_token_ids=stop_token_id or (),
+        )  # fmt: skip
+        Run(decoder, chosen, sink, stream).answer(_samples(requests, num_samples))
+
+
+def make_search(search: str, preset: str | None, *, greedy: bool, tree: str | None, **sampling: Any) -> Sampling | RAIN:
+    """The search the options describe; `sampling` holds Sampling's settings, None where not given.
+
+    Raises:
+        ConfigError: a value is outside what is allowed, or an option belongs to the other search.
+    """
+    given = {name: value for name, value in sampling.items() if value is not None}
+    if search == "rain":
+        misplaced = [f"--{name.replace('_', '-')}" for name in given] + (["--greedy"] if greedy else [])
+        if misplaced:
+            raise ConfigError(
+                f"{', '.join(misplaced)} belongs to --search sampling; with --search rain choose a --preset"
+            )
+        return RAIN.preset(preset or "hh", record_tree=tree is not None)  # type: ignore[arg-type]
+    if tree is not None:
+        raise ConfigError("--tree writes the search trees of RAIN; use it with --search rain")
+    if greedy and given.get("temperature"):
+        raise ConfigError(f"--greedy and --temperature {given['temperature']} exclude each other; give one of them")
+    return Sampling(**{**given, "temperature": 0.0} if greedy else given)
+
+
+def _preset(preset: str | None, model: str) -> str | None:
+    if preset is None:
+        return "town" if model == "testbed" else None
+    return one_of("--preset", preset, _PRESETS)
+
+
+def _policy(raw: bool, preset: str | None, search: Sampling | RAIN) -> Policy | None:
+    """The prompt format when an option names one; None leaves it to the search and the decoder."""
+    if raw:
+        return Policy(prompt=ChatFormat())
+    if preset is not None and isinstance(search, Sampling):
+        return Policy(prompt=RAIN.preset(preset).format)  # type: ignore[arg-type]
+    return None
+
+
+def _check_shape(prompts: int, samples: int, seed: int, stream: bool, as_json: bool) -> None:
+    if samples < 1:
+        raise ConfigError(f"--num-samples is {samples}; allowed: 1 or more")
+    if seed < 0 or seed + samples > 2**64:
+        raise ConfigError(f"--seed is {seed} for {samples} samples; allowed: seeds from 0 to 2**64 - 1")
+    if stream and (prompts * samples > 1 or as_json):
+        raise ConfigError(
+            f"--stream prints one answer as plain text; it was given {prompts} prompts, {samples} samples each"
+            f"{', and --json' if as_json else ''}: drop --stream"
+        )
+
+
+def _samples(requests: list[Request], samples: int) -> list[Request]:
+    return [replace(request, seed=request.seed + k) for request in requests for k in range(samples)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the command: requests in, answers to the output as they finish."""
+
+    decoder: Decoder
+    search: Sampling | RAIN
+    sink: Output
+    stream: bool
+
+    def answer(self, requests: list[Request]) -> None:
+        """Answer all requests.
+
+        Raises:
+            RainDecodeError: requests failed; the others' answers have been written.
+            KeyboardInterrupt: the user stopped it; finished answers have been written.
+        """
+        on_text = self._streamer() if self.stream else None
+        failed: list[BaseException] = []
+        try:
+            for index, outcome in self.decoder.stream(
+                requests, search=self.search, on_text=on_text, progress=False if self.stream else None
+            ):
+                if isinstance(outcome, Completion):
+                    self.sink.add(index, outcome)
+                    self._end_of_stream(outcome)
+                else:
+                    self.sink.add(index, None)
+                    failed.append(outcome)
+        except KeyboardInterrupt:
+            self.sink.flush()
+            say(f"{self.sink.written} of {len(requests)} answers had finished")
+            raise
+        if failed:
+            _raise(failed, len(requests))
+
+    def _streamer(self) -> Callable[[int, str], None]:
+        started = False
+
+        def show(_: int, piece: str) -> None:
+            nonlocal started
+            self.sink.show(printable(piece if started else piece.lstrip()))
+            started = started or bool(piece.strip())
+
+        return show
+
+    def _end_of_stream(self, completion: Completion) -> None:
+        if self.stream:
+            self.sink.show("\n")
+            say(counters(completion))
+
+
+def _raise(failed: list[BaseException], total: int) -> None:
+    """The first failure, saying how many there were."""
+    first = failed[0]
+    if isinstance(first, REPORTED) and total > 1:
+        raise RainDecodeError(f"{len(failed)} of {total} requests failed; the first: {first}") from first
+    raise first

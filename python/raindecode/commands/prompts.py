@@ -1,0 +1,80 @@
+"""Where prompts come from: the command line, a text file, a JSON-lines file, standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from raindecode.errors import PromptError
+
+
+def collect_prompts(words: Sequence[str], file: str | None) -> list[str]:
+    """Prompts of the command line, then those of `file`.
+
+    Args:
+        words: prompts given as arguments.
+        file: a text file (a prompt per line, blank lines skipped), a .jsonl file (an object with "prompt" per line),
+            or "-" for lines of standard input.
+
+    Raises:
+        PromptError: there is none, the file cannot be read, or something is not UTF-8 text; the message says where.
+    """
+    prompts = list(words)
+    for number, prompt in enumerate(prompts, start=1):
+        _require_text(prompt, f"prompt {number} of the command line")
+    if file is not None:
+        prompts += _read(file)
+    if not prompts:
+        raise PromptError(
+            'there is no prompt: give one in quotes, as in raindecode generate "Once upon a time", or a file with --file'
+        )
+    return prompts
+
+
+def _read(file: str) -> list[str]:
+    name = "standard input" if file == "-" else file
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise PromptError(
+            f"the prompt file {file!r} cannot be read ({error.strerror}): give a file of UTF-8 text"
+        ) from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{name} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start} "
+            f"(line {data.count(10, 0, error.start) + 1}) begins no valid character; convert the file to UTF-8"
+        ) from error
+    # Not splitlines(): it also breaks at form feeds and Unicode line separators, which may stand inside a prompt.
+    lines = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n")]
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise PromptError(f"{name} holds no prompt: write one per line")
+    if not file.endswith(".jsonl"):
+        return [line for _, line in numbered]
+    return [_from_json(line, f"line {number} of {name}") for number, line in numbered]
+
+
+def _from_json(line: str, where: str) -> str:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f'{where} is not JSON ({error}); write {{"prompt": "..."}} on every line') from error
+    prompt = entry.get("prompt") if isinstance(entry, dict) else None
+    if not isinstance(prompt, str):
+        raise PromptError(f'{where} has no text under "prompt"; write {{"prompt": "..."}} on every line')
+    _require_text(prompt, where)
+    if not prompt.strip():
+        raise PromptError(f"{where} has an empty prompt; give at least one character that is not white space")
+    return prompt
+
+
+def _require_text(prompt: str, where: str) -> None:
+    """Bytes that are no UTF-8 reach Python's arguments, and JSON's escapes, as lone surrogates."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{where} is not valid UTF-8 text (at character {error.start}); give it in UTF-8") from error

@@ -1,0 +1,214 @@
+"""Tasks with a judge: how often a decoder's answers are harmful or helpful, with confidence intervals.
+
+The only task so far is the embedded town (raindecode.testbed): held-out requests, and the grammar itself as judge.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from raindecode import testbed
+from raindecode.decoder import Decoder
+from raindecode.errors import ConfigError
+from raindecode.policy.policy import Policy
+from raindecode.search.rain import RAIN
+from raindecode.search.sampling import Sampling
+from raindecode.types import Completion
+
+MAX_NEW_TOKENS: Final = 96
+"""Longer than any reply the grammar writes."""
+
+_Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+SEARCHES: Final[dict[str, Callable[[], Sampling | RAIN]]] = {
+    "vanilla": lambda: Sampling(temperature=1.0),
+    "rain": lambda: RAIN.preset("town"),
+}
+"""What ``raindecode eval`` compares: sampling at temperature 1 from the whole vocabulary, and the town preset of RAIN."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of n cases.
+
+    Raises:
+        ConfigError: there are no cases, or more hits than cases.
+    """
+
+    hits: int
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or not 0 <= self.hits <= self.n:
+            raise ConfigError(f"a rate of {self.hits} in {self.n} cases; allowed: at least one case, and 0 to n hits")
+
+    @property
+    def rate(self) -> float:
+        """Hits per case, from 0 to 1."""
+        return self.hits / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % score interval (Wilson, J. Amer. Statist. Assoc. 22, 1927): honest near 0 and 1, where RAIN's rates lie."""
+        p, n, z2 = self.rate, self.n, _Z95**2
+        centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+        half = _Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+        return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One answer with its verdict. `request_harmful` says what kind of request it was."""
+
+    search: str
+    request: str
+    request_harmful: bool
+    reply: str
+    harmful: bool
+    helpful: bool
+    known: bool
+    seed: int
+    finish_reason: str
+    tokens_processed: int
+    iterations: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TownResult:
+    """What one search did on the town task.
+
+    Attributes:
+        harmful: harmful answers to harmful requests.
+        helpful: helpful answers to harmless requests.
+        known: answers, to either, every clause of which belongs to the grammar.
+        model_steps: batched forwards run for the whole task; requests share them.
+        tokens_processed, tokens_charged, tokens_generated, iterations, evaluations: sums over the requests.
+        seconds: wall time.
+    """
+
+    search: str
+    harmful: Rate
+    helpful: Rate
+    known: Rate
+    model_steps: int
+    tokens_processed: int
+    tokens_charged: int
+    tokens_generated: int
+    iterations: int
+    evaluations: int
+    seconds: float
+
+    @property
+    def n(self) -> int:
+        """Requests of both kinds."""
+        return self.harmful.n + self.helpful.n
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: rates from 0 to 1, intervals as [low, high]; `n` counts the requests of both kinds."""
+        return {
+            "harmful_rate": self.harmful.rate,
+            "harmful_ci": list(self.harmful.interval),
+            "helpful_rate": self.helpful.rate,
+            "helpful_ci": list(self.helpful.interval),
+            "n": self.n,
+            "n_harmful": self.harmful.n,
+            "n_benign": self.helpful.n,
+            "known_rate": self.known.rate,
+            "tokens_processed": self.tokens_processed,
+            "tokens_charged": self.tokens_charged,
+            "tokens_generated": self.tokens_generated,
+            "model_steps": self.model_steps,
+            "iterations": self.iterations,
+            "evaluations": self.evaluations,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def town_requests(num_harmful: int, num_benign: int, seed: int) -> tuple[list[testbed.Request], list[testbed.Request]]:
+    """Held-out harmful and harmless requests of the town, the same for the same arguments.
+
+    Raises:
+        ConfigError: a number is below 1 or above 20,000, or the seed is negative.
+    """
+    for name, number in (("num_harmful", num_harmful), ("num_benign", num_benign)):
+        if not 1 <= number <= 20_000:
+            raise ConfigError(f"{name} is {number}; allowed: 1 to 20000")
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}; allowed: 0 or more")
+    harmful = testbed.sample_requests(num_harmful, harmful=True, split="test", seed=seed)
+    return harmful, testbed.sample_requests(num_benign, harmful=False, split="test", seed=seed)
+
+
+def evaluate_town(
+    decoder: Decoder,
+    search: str,
+    harmful: Sequence[testbed.Request],
+    benign: Sequence[testbed.Request],
+    *,
+    seed: int = 0,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: bool | None = None,
+) -> tuple[TownResult, list[Judged]]:
+    """Answer all requests together and judge the answers. Request i, harmful ones first, is answered with seed + i.
+
+    Args:
+        search: a key of SEARCHES.
+        progress: as in Decoder.generate.
+
+    Raises:
+        ConfigError: there is no such search, or no request of one kind.
+        RainDecodeError: a request failed.
+    """
+    if search not in SEARCHES:
+        raise ConfigError(f"there is no search {search!r} to evaluate; allowed: {', '.join(SEARCHES)}")
+    requests = [*harmful, *benign]
+    decoder.engine.tree.clear()  # a search evaluated before this one must not make it cheaper
+    steps, started = decoder.engine.model_steps, time.perf_counter()
+    completions: list[Completion] = decoder.generate(
+        [request.text for request in requests],
+        search=SEARCHES[search](),
+        policy=Policy(prompt=RAIN.preset("town").format),
+        max_new_tokens=max_new_tokens,
+        seed=[seed + i for i in range(len(requests))],
+        progress=progress,
+    )
+    seconds = time.perf_counter() - started
+    judged = [_judged(search, request, completion) for request, completion in zip(requests, completions, strict=True)]
+    result = TownResult(
+        search=search,
+        harmful=Rate(sum(one.harmful for one in judged[: len(harmful)]), len(harmful)),
+        helpful=Rate(sum(one.helpful for one in judged[len(harmful) :]), len(benign)),
+        known=Rate(sum(one.known for one in judged), len(judged)),
+        model_steps=decoder.engine.model_steps - steps,
+        tokens_processed=sum(c.stats.tokens_processed for c in completions),
+        tokens_charged=sum(c.stats.tokens_charged for c in completions),
+        tokens_generated=sum(len(c.token_ids) for c in completions),
+        iterations=sum(c.stats.iterations for c in completions),
+        evaluations=sum(c.stats.evaluations for c in completions),
+        seconds=seconds,
+    )
+    return result, judged
+
+
+def _judged(search: str, request: testbed.Request, completion: Completion) -> Judged:
+    verdict = testbed.judge(request, completion.text)
+    return Judged(
+        search=search,
+        request=request.text,
+        request_harmful=request.harmful,
+        reply=completion.text.strip(),
+        harmful=verdict.harmful,
+        helpful=verdict.helpful,
+        known=verdict.known,
+        seed=completion.seed,
+        finish_reason=completion.finish_reason,
+        tokens_processed=completion.stats.tokens_processed,
+        iterations=completion.stats.iterations,
+    )

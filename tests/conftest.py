@@ -1,0 +1,27 @@
+"""What holds for every test: when it is over, no request holds a slot of any engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Some virtual machines announce AMX and die on its first instruction, in any bfloat16 product of plain torch. No test needs it.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+# Imported before any test makes a matrix product: importing it asks MKL for reproducible results.
+import raindecode  # noqa: F401
+from raindecode.engine.engine import LIVE_ENGINES
+
+
+@pytest.fixture(autouse=True)
+def all_slots_are_free_again() -> Iterator[None]:
+    """After a test that finished, cancelled or failed its requests, every slot can be had again."""
+    yield
+    for engine in list(LIVE_ENGINES):
+        tree = engine.tree
+        assert tree.num_cursors == 0, f"{tree.num_cursors} cursors were not released"
+        tree.clear()
+        assert tree.num_free == tree.num_slots, f"{tree.num_slots - tree.num_free} slots are lost"
+        assert not list(tree.nodes())
