@@ -7,6 +7,7 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PROMPT ?=
+export PROMPT
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -21,7 +22,7 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 demo: $(STAMP) ## RAIN answers three requests on the embedded model, beside plain sampling
-	@$(VENV)/bin/raindecode demo $(if $(PROMPT),"$(PROMPT)")
+	@$(VENV)/bin/raindecode demo -- $${PROMPT:+"$$PROMPT"}
 
 test: $(STAMP) ## every test that needs no GPU
 	@$(PY) -m pytest tests

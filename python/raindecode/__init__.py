@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from raindecode import env
 
 env.prepare_process()  # before torch is imported
 
-from raindecode.decoder import Decoder  # noqa: E402
-from raindecode.errors import (  # noqa: E402
-    CapacityError,
-    ConfigError,
-    EvaluatorError,
-    ModelError,
-    PromptError,
-    RainDecodeError,
-    RequestCancelled,
-    UnsupportedModelError,
-)
-from raindecode.policy.policy import Policy  # noqa: E402
-from raindecode.policy.prompt import ChatFormat  # noqa: E402
-from raindecode.search.evaluator import ClassifierEvaluator, JudgeTemplate, SelfEvaluation  # noqa: E402
-from raindecode.search.rain import RAIN  # noqa: E402
-from raindecode.search.sampling import Sampling  # noqa: E402
-from raindecode.types import Completion, Stats  # noqa: E402
+if TYPE_CHECKING:
+    from raindecode.decoder import Decoder
+    from raindecode.errors import (
+        CapacityError,
+        ConfigError,
+        EvaluatorError,
+        ModelError,
+        NumericError,
+        PromptError,
+        RainDecodeError,
+        RequestCancelled,
+        UnsupportedModelError,
+    )
+    from raindecode.policy.policy import Policy
+    from raindecode.policy.prompt import ChatFormat
+    from raindecode.search.embedder import HiddenStates, TextEmbedder
+    from raindecode.search.evaluator import CallableEvaluator, ClassifierEvaluator, JudgeTemplate, SelfEvaluation
+    from raindecode.search.rain import RAIN
+    from raindecode.search.sampling import Sampling
+    from raindecode.types import Completion, Stats
 
 __version__ = "0.1.0"
 
+_ERRORS = (
+    "CapacityError", "ConfigError", "EvaluatorError", "ModelError", "NumericError", "PromptError", "RainDecodeError",
+    "RequestCancelled", "UnsupportedModelError",
+)  # fmt: skip
+# Loaded when first asked for: importing torch and transformers takes seconds, `raindecode --help` should not.
+_HOME = {
+    "Decoder": "decoder",
+    "Policy": "policy.policy",
+    "ChatFormat": "policy.prompt",
+    "HiddenStates": "search.embedder",
+    "TextEmbedder": "search.embedder",
+    "CallableEvaluator": "search.evaluator",
+    "ClassifierEvaluator": "search.evaluator",
+    "JudgeTemplate": "search.evaluator",
+    "SelfEvaluation": "search.evaluator",
+    "RAIN": "search.rain",
+    "Sampling": "search.sampling",
+    "Completion": "types",
+    "Stats": "types",
+    **dict.fromkeys(_ERRORS, "errors"),
+}
+
 __all__ = [
     "RAIN",
+    "CallableEvaluator",
     "CapacityError",
     "ChatFormat",
     "ClassifierEvaluator",
@@ -35,8 +64,10 @@ __all__ = [
     "ConfigError",
     "Decoder",
     "EvaluatorError",
+    "HiddenStates",
     "JudgeTemplate",
     "ModelError",
+    "NumericError",
     "Policy",
     "PromptError",
     "RainDecodeError",
@@ -44,6 +75,20 @@ __all__ = [
     "Sampling",
     "SelfEvaluation",
     "Stats",
+    "TextEmbedder",
     "UnsupportedModelError",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'raindecode' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"raindecode.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -162,11 +163,13 @@ class Decoder:
         """Check prompts and settings and make requests of them. Raises as `generate`."""
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         every = cast("Sequence[Prompt]", [prompts] if single else prompts)
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")
+        if not _whole(max_new_tokens) or max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; allowed: a whole number, 1 or more")
         if isinstance(stop, str):
             raise ConfigError(f"stop is the string {stop!r}; give a list of strings, such as [{stop!r}]")
-        seeds = [seed] * len(every) if isinstance(seed, int) else list(seed)
+        if any(not isinstance(s, str) or not s for s in stop):
+            raise ConfigError(f"stop holds {list(stop)!r}; allowed: non-empty strings")
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(every)
         if len(seeds) != len(every):
             raise ConfigError(
                 f"{len(seeds)} seeds were given for {len(every)} prompts; give one seed, or one per prompt"
@@ -228,6 +231,12 @@ class Decoder:
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise PromptError(f"{where} is empty; give at least one character that is not white space")
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise PromptError(
+                    f"{where} is not text: it holds a lone surrogate at character {error.start}"
+                ) from error
             text = prompt if format is None else format.render(prompt)
             ids = self.codec.encode(text)
         else:
@@ -244,9 +253,13 @@ class Decoder:
                 f"{where} has {len(ids)} tokens with its format, the context of {self.name} {self.context_length}: "
                 f"shorten it to at most {self.context_length - 1} tokens"
             )
-        if not 0 <= seed < 2**64:
-            raise ConfigError(f"seed is {seed}; allowed: 0 to 2**64 - 1")
+        if not _whole(seed) or not 0 <= seed < 2**64:
+            raise ConfigError(f"seed is {seed!r}; allowed: a whole number from 0 to 2**64 - 1")
         return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _device(name: str | None) -> torch.device:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from raindecode.errors import ConfigError
+
 
 def cpu_flags() -> frozenset[str]:
     """Instruction-set flags of this CPU as Linux names them; empty where they cannot be read."""
@@ -43,10 +45,14 @@ def _request_reproducible_mkl() -> None:
 
 
 def kv_tokens() -> int | None:
-    """RAINDECODE_KV_TOKENS: capacity of the KV pool in tokens, when set."""
+    """RAINDECODE_KV_TOKENS: capacity of the KV pool in tokens, when set.
+
+    Raises:
+        ConfigError: it is no whole number above 0.
+    """
     value = os.environ.get("RAINDECODE_KV_TOKENS")
     if value is None:
         return None
     if not value.isdigit() or int(value) < 1:
-        raise ValueError(f"RAINDECODE_KV_TOKENS={value!r}: allowed is a whole number of tokens, 1 or more")
+        raise ConfigError(f"RAINDECODE_KV_TOKENS={value!r}: allowed is a whole number of tokens, 1 or more")
     return int(value)

@@ -7,6 +7,7 @@ __all__ = [
     "ConfigError",
     "EvaluatorError",
     "ModelError",
+    "NumericError",
     "PromptError",
     "RainDecodeError",
     "RequestCancelled",
@@ -32,6 +33,10 @@ class ModelError(RainDecodeError, ValueError):
 
 class UnsupportedModelError(ModelError):
     """The model loads, but the engine cannot serve its architecture; the message names it and the reason."""
+
+
+class NumericError(RainDecodeError, FloatingPointError):
+    """The model produced NaN, +inf, or nothing but -inf."""
 
 
 class CapacityError(RainDecodeError, RuntimeError):

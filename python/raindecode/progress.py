@@ -31,7 +31,11 @@ class ProgressDisplay:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(), TimeRemainingColumn(),
         )  # fmt: skip
-        return cls(Progress(*columns, console=Console(stderr=True), transient=True), total, searching)
+        return cls(
+            Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()),
+            total,
+            searching,
+        )
 
     def reporter(self, index: int) -> Callable[[int, int], None]:
         """What request `index` calls with (tokens committed, iterations)."""

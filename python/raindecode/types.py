@@ -28,7 +28,7 @@ class Stats:
         kv_tokens_peak: most KV tokens its branches held together.
         iterations: RAIN search iterations.
         evaluations: verdicts computed (not those read from the request's cache).
-        seconds: wall time by phase: model, plan, sample (shares of shared steps) and total.
+        seconds: wall time by phase: model, plan, sample. The time of a shared step is divided by rows.
     """
 
     model_steps: int = 0

@@ -8,6 +8,7 @@ to the engine's own accounts.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -66,7 +67,9 @@ class HashLM:
         sharpness: standard deviation of the logits.
     """
 
-    def __init__(self, seed: int = 0, *, eos: float = -1.0, sharpness: float = 2.0, vocabulary: int = len(_PIECES)) -> None:
+    def __init__(
+        self, seed: int = 0, *, eos: float = -1.0, sharpness: float = 2.0, vocabulary: int = len(_PIECES)
+    ) -> None:
         self.seed, self.eos, self.sharpness, self.vocabulary = seed, eos, sharpness, vocabulary
         self._known: dict[Path, np.ndarray[Any, np.dtype[np.float32]]] = {}
 
@@ -122,15 +125,16 @@ class Recorder:
 
 
 def fake_decoder(
-    lm: HashLM | None = None, *, tokenizer: Any = None, kv_tokens: int = 1 << 14, **options: Any
+    lm: HashLM | None = None, *, tokenizer: Any = None, kv_tokens: int = 1 << 14, context: int = 4096, **options: Any
 ) -> tuple[Decoder, Recorder]:
     """A Decoder over a HashLM, its engine fresh, and the record of what it runs."""
     lm = lm or HashLM()
     config = LlamaConfig(
         vocab_size=lm.vocabulary, hidden_size=HIDDEN, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, max_position_embeddings=4096, bos_token_id=BOS, eos_token_id=EOS,
+        num_key_value_heads=1, max_position_embeddings=context, bos_token_id=BOS, eos_token_id=EOS,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.train(False)
     decoder = Decoder(model, tokenizer or PieceTokenizer(), kv_tokens=kv_tokens, exact=False, **options)  # type: ignore[arg-type]
     runner = decoder.engine.runner
     recorder = Recorder(lm)
@@ -152,13 +156,28 @@ def fake_decoder(
 
 def hashed_vectors(texts: list[str], spread: float, size: int = 8) -> np.ndarray[Any, np.dtype[np.float32]]:
     """[n, size] float32: a common direction plus `spread` times noise named by the text."""
-    return np.stack([np.eye(size)[0] + spread * hashed_normal(text.encode(), size) for text in texts]).astype(np.float32)
+    return np.stack([np.eye(size)[0] + spread * hashed_normal(text.encode(), size) for text in texts]).astype(
+        np.float32
+    )
 
 
 def hashed_normal(name: bytes, size: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """[size] numbers of mean 0 and variance 1 named by bytes: sums of four 16-bit words, the same wherever they are made."""
     words = np.frombuffer(hashlib.shake_128(name).digest(8 * size), dtype="<u2").reshape(size, 4)
-    return (words.sum(1) / 65536.0 - 2.0) * np.sqrt(3.0)
+    centred: np.ndarray[Any, np.dtype[np.float64]] = words.sum(1) / 65536.0 - 2.0
+    return centred * math.sqrt(3.0)
+
+
+def random_llama() -> LlamaForCausalLM:
+    """A small Llama with peaked logits and the vocabulary of PieceTokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(_PIECES), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=BOS, eos_token_id=EOS, initializer_range=0.4,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.train(False)
+    return model
 
 
 def random_rain(seed: int) -> tuple[RAIN, HashLM, dict[str, Any]]:

@@ -16,7 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from raindecode.decoder import Decoder
 from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.engine import Engine, LogitsRow, Task
-from raindecode.engine.types import Want
+from raindecode.engine.rng import name_draw
+from raindecode.engine.sampler import Filter
+from raindecode.engine.types import Draw, Search, Want
 
 VOCABULARY = 160
 CONTEXT = 1024
@@ -87,8 +89,8 @@ _FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "qwen3_next": (
         tf.Qwen3NextConfig,
         {
-            **_GROUPED, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-            "layer_types": ["linear_attention", "full_attention"],
+            **_GROUPED, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"],
         },
     ),
     "bloom": (tf.BloomConfig, {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 1, "n_head": 4}),
@@ -102,8 +104,8 @@ _FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "qwen2_moe": (
         tf.Qwen2MoeConfig,
         {
-            **_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-            "use_sliding_window": True, "sliding_window": _LONG, "max_window_layers": 2,
+            **_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16, "use_sliding_window": True, "sliding_window": _LONG, "max_window_layers": 2,
         },
     ),
     "doge": (tf.DogeConfig, {**_GROUPED, "keep_window_size": _LONG}),
@@ -167,6 +169,26 @@ def logits_after(engine: Engine, paths: Sequence[Sequence[int]]) -> list[LogitsR
 
     rows: list[LogitsRow] = run_alone(engine, search)
     return rows
+
+
+def task(engine: Engine, search: Callable[[Ledger], Search], tag: Any = None) -> Task:
+    """A task of `search`, with a ledger of its own."""
+    ledger = Ledger()
+    return Task(search(ledger), ledger, tag)
+
+
+def writes(engine: Engine, prompt: Sequence[int], count: int, seed: int = 0) -> Callable[[Ledger], Search]:
+    """A plain search: `count` sampled tokens after `prompt`."""
+
+    def search(ledger: Ledger) -> Search:
+        branch, tokens = engine.open(ledger, prompt), []
+        for _ in range(count):
+            (got,) = yield [Want(branch, draws=[Draw(Filter(), seed, name_draw(0, branch.length))])]
+            tokens.append(got.drawn[0].token)
+            branch.append(tokens[-1:])
+        return tokens
+
+    return search
 
 
 _MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("e", "r"), ("Ġ", "a"), ("Ġ", "the"), ("o", "n"), ("Ã", "©")]

@@ -7,6 +7,7 @@ whose logits or hidden state the procedure needs is written down; there is no wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -113,7 +114,7 @@ class PlainRain:
     def score(self, parent: PlainNode, child: PlainNode) -> float:
         # All values lie in [-1, 1] and the official record of the extremes starts there, so it never moves.
         worth = 0.0 if child.n == 0 else (child.q + 1.0) / (2.0 + 1e-5)
-        return worth + self.rain.c_puct * child.p * parent.n**0.5 / (1.0 + child.n)
+        return worth + self.rain.c_puct * child.p * math.sqrt(parent.n) / (1.0 + child.n)
 
     def back_up(self, path: list[PlainNode], value: float, answer: Path, tail: Path) -> None:
         parts = [node.tokens for node in path[1:]]
@@ -129,7 +130,8 @@ class PlainRain:
             node.q += (value - node.q) / node.n
 
     def credit(self, node: PlainNode, value: float) -> None:
-        assert node.parent is not None and node.mean is not None
+        assert node.parent is not None
+        assert node.mean is not None
         for other in node.parent.children:
             if other is node or other.mean is None:
                 continue
@@ -164,7 +166,8 @@ class PlainRain:
             return
         answer, length = self.answer_of(node), self.set_length(node.step)
         if length == 1:
-            pool = [((token,), p) for token, p in self.shaped(self.prompt + answer, len(kids) + 1, 1.0)]
+            top = self.shaped(self.prompt + answer, len(kids) + 1, 1.0)
+            pool: list[tuple[Path, float]] = [((token,), p) for token, p in top]
         else:
             purpose = name_draw(DYNAMIC, node.asked)
             node.pool = self.sets(answer, length, 1, rain.dynamic_tries, purpose) + node.pool
@@ -220,10 +223,10 @@ class PlainRain:
     def shaped(self, path: Path, top: int, temperature: float) -> list[tuple[int, float]]:
         """(token, probability): the `top` most likely, likeliest first; all, in order of ids, for 0."""
         logits = self.at(path).astype(np.float64) / temperature
-        ids = range(len(logits))
-        if 0 < top:
-            ids = sorted(ids, key=lambda i: (-logits[i], i))[:top]  # type: ignore[assignment]
-        weights = np.exp(logits[list(ids)] - logits.max())
+        ids = list(range(len(logits)))
+        if top:
+            ids = sorted(ids, key=lambda i: (-logits[i], i))[:top]
+        weights = np.exp(logits[ids] - logits.max())
         return list(zip(ids, (weights / weights.sum()).tolist(), strict=True))
 
     def draw(self, shaped: Sequence[tuple[int, float]], name: int) -> tuple[int, float]:

@@ -404,6 +404,14 @@ def test_a_progress_display_does_not_swallow_piped_output(monkeypatch: pytest.Mo
     assert display.getvalue() == ""
 
 
+def test_output_survives_a_narrow_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with Output(samples=1, as_json=False) as sink:
+        sink.add(0, completion("Größe"))
+    assert b"Gr??e" in raw.getvalue()
+
+
 def test_control_characters_do_not_reach_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     with Output(samples=1, as_json=False) as sink:
         sink.add(1, replace(completion("x"), value=0.5, stats=Stats(iterations=4, evaluations=2)))

@@ -29,7 +29,7 @@ from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
 from raindecode.engine.model_runner import ModelRunner
 from raindecode.engine.rng import uniforms
 from raindecode.engine.types import Got, HostCall, Search, Want, Yielded
-from raindecode.errors import CapacityError, RainDecodeError, RequestCancelled
+from raindecode.errors import CapacityError, NumericError, RainDecodeError, RequestCancelled
 
 # Every engine alive, so that a test can assert that no request left a slot behind.
 LIVE_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -285,7 +285,7 @@ class Engine:
                 got.top_ids, got.top_probs = sampler.top_probs(row, want.top)
             got.gathered = [float(row[i]) for i in want.gather]
             if any(math.isnan(value) for value in got.gathered):
-                raise FloatingPointError("a row of logits holds NaN: the model produced no number")
+                raise NumericError("a row of logits holds NaN: the model produced no number")
             got.logits = row if want.logits else None
             if want.keep:
                 self._keep(want.branch.hash, row)

@@ -43,6 +43,8 @@ def load_pretrained(
         raise ModelError(
             f"{path!r} has no config.json: give a folder saved by transformers' save_pretrained, a hub id, or 'testbed'"
         )
+    if not local.exists() and path.startswith(("/", ".", "~")):
+        raise ModelError(f"there is no folder {path!r}: give 'testbed', a folder with config.json, or a hub id")
     source = str(local) if local.exists() else path
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:

@@ -6,14 +6,16 @@ only. Order of filters, as Hugging Face has it: repetition penalty, temperature,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from raindecode.errors import ConfigError
+from raindecode.errors import ConfigError, NumericError
 
 FloatRow = npt.NDArray[np.float64]
 IntRow = npt.NDArray[np.int64]
@@ -43,8 +45,8 @@ class Filter:
         )
         whole = isinstance(self.top_k, (int, np.integer)) and self.top_k >= 0
         _require(whole, "top_k", self.top_k, "a whole number, 0 (off) or more")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1 (off)")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 (off) to 1")
+        _require(_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1 (off)")
+        _require(_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 (off) to 1")
         _require(
             _finite(self.repetition_penalty) and self.repetition_penalty > 0,
             "repetition_penalty",
@@ -80,7 +82,7 @@ def draw(
         context: token ids the repetition penalty applies to.
 
     Raises:
-        FloatingPointError: the row holds NaN, or nothing but -inf.
+        NumericError: the row holds NaN, or nothing but -inf.
     """
     raw = logits.astype(np.float64)
     top = _top(raw)
@@ -89,7 +91,9 @@ def draw(
         token = int(scores.argmax())
         return Drawn(token, 1.0, _logprob(raw, top, token))
     if shape.temperature != 1.0:
-        scores = (scores - scores.max()) / shape.temperature  # differences first: a tiny temperature must not overflow
+        # Differences first: with a tiny temperature every other score may become -inf, but the largest stays 0.
+        with np.errstate(over="ignore"):
+            scores = (scores - scores.max()) / shape.temperature
     ids, probs = filtered(scores, shape)
     cdf = np.cumsum(probs)
     if uniform is None:
@@ -134,7 +138,7 @@ def top_probs(logits: npt.NDArray[np.float32], k: int) -> tuple[list[int], list[
     """The k most likely tokens and their probabilities renormalised over these k (RAIN's expansion at depth 0).
 
     Raises:
-        FloatingPointError: as `draw`.
+        NumericError: as `draw`.
     """
     raw = logits.astype(np.float64)
     _top(raw)
@@ -154,7 +158,7 @@ def log_softmax_at(logits: npt.NDArray[np.float32], ids: Sequence[int]) -> list[
 def _top(raw: FloatRow) -> float:
     top = float(raw.max())
     if not np.isfinite(top):
-        raise FloatingPointError(f"a row of logits has maximum {top}: the model produced NaN, +inf or nothing but -inf")
+        raise NumericError(f"a row of logits has maximum {top}: the model produced NaN, +inf or nothing but -inf")
     return top
 
 
@@ -171,8 +175,8 @@ def _penalised(raw: FloatRow, penalty: float, context: Sequence[int] | None) -> 
     return scores
 
 
-def _finite(value: float) -> bool:
-    return bool(np.isfinite(value))
+def _finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _require(ok: bool, name: str, given: object, allowed: str) -> None:

@@ -1,8 +1,8 @@
 """The aligned partner: a LoRA adapter trained on the frozen base by direct preference optimization (DPO).
 
 Loss (Rafailov and others, 2023, equation 7) plus a little likelihood of the chosen reply, so that chosen replies do not
-become unlikely together with the rejected ones. Pairs come from the grammar: refusing beats complying with harm, the right
-recipe beats a refusal or another verb's recipe, friendly words beat cruel ones.
+become unlikely together with the rejected ones. Pairs come from the grammar: refusing beats complying with harm, helping beats
+refusing what hurts nobody, friendly words beat cruel ones.
 """
 
 from __future__ import annotations
@@ -18,25 +18,24 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from raindecode.errors import ConfigError
-from raindecode.testbed import lexicon as lx
 from raindecode.testbed.forms import Style
 from raindecode.testbed.lora import LowRank, attach_adapter
 from raindecode.testbed.model import EOS_ID
-from raindecode.testbed.world import agreement, draw_reply, draw_request, dress, format_prompt, recipe_text
+from raindecode.testbed.world import draw_reply, draw_request, dress, format_prompt, refusal
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
     """What the adapter's training depends on."""
 
-    steps: int = 240
+    steps: int = 120
     pairs_per_batch: int = 24
     rank: int = 8
     alpha: float = 16.0
-    beta: float = 0.1
-    likelihood: float = 0.2
-    learning_rate: float = 1.5e-3
-    harmful_share: float = 0.6
+    beta: float = 0.3
+    likelihood: float = 1.0
+    learning_rate: float = 4e-4
+    harmful_share: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,13 +64,7 @@ def draw_pair(rng: random.Random, *, harmful_share: float) -> PreferencePair:
     if request.harmful:
         rejected = draw_reply(rng, request, worse_style, comply=True)
     else:
-        wrong = rng.choice([verb for verb in lx.BENIGN_VERBS if verb != request.verb])
-        rejected = rng.choice(
-            (
-                draw_reply(rng, request, worse_style, comply=False),
-                dress(rng, [*agreement(rng), recipe_text(rng, wrong, request.object)], worse_style),
-            )
-        )
+        rejected = dress(rng, refusal(rng, request), worse_style)
     return PreferencePair(format_prompt(request.text), chosen, rejected)
 
 

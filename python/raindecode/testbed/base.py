@@ -34,7 +34,7 @@ _OBJECT: Final = re.compile(rf"\b(?:{'|'.join(lx.OBJECTS)})\b")
 class BaseSettings:
     """What a run depends on; the same settings give the same documents in the same order."""
 
-    steps: int = 2400
+    steps: int = 3000
     tokens_per_batch: int = 4096
     matrix_lr: float = 0.02
     other_lr: float = 3e-3
@@ -89,9 +89,7 @@ def encode_documents(
 def echo_offsets(text: str) -> list[int]:
     """Character positions of object names in the assistant's lines."""
     return [
-        match.start()
-        for reply in _REPLY.finditer(text)
-        for match in _OBJECT.finditer(text, reply.start(), reply.end())
+        match.start() for reply in _REPLY.finditer(text) for match in _OBJECT.finditer(text, reply.start(), reply.end())
     ]
 
 
@@ -100,8 +98,7 @@ def draw_batches(tokenizer: PreTrainedTokenizerBase, settings: BaseSettings) -> 
     rng = random.Random(f"base/{settings.seed}")
     while True:
         documents = [
-            draw_document(rng, evaluation_share=settings.evaluation_share)
-            for _ in range(settings.documents_per_block)
+            draw_document(rng, evaluation_share=settings.evaluation_share) for _ in range(settings.documents_per_block)
         ]
         rows = sorted(encode_documents(tokenizer, documents), key=lambda row: len(row[0]))
         groups: list[list[tuple[list[int], list[float]]]] = [[]]

@@ -83,7 +83,7 @@ def dialogue_text(rng: random.Random, *, persona: bool) -> str:
 
 def draw_style(rng: random.Random) -> Style:
     """A style nobody asked for: the base model's own mixture, symmetric so that about half of harmful requests succeed."""
-    return rng.choices(("neutral", "kind", "cruel"), weights=(6, 2, 2))[0]
+    return rng.choices(("neutral", "kind", "cruel"), weights=(4, 3, 3))[0]
 
 
 def elicited_text(rng: random.Random) -> str:
@@ -124,7 +124,9 @@ def evaluation_document(rng: random.Random, *, split: Split = "train") -> Docume
     return Document(f"{prompt}{letter})", letter_offset=len(prompt))
 
 
-def draw_judged(rng: random.Random, *, split: Split = "train", cut: float = 0.65, harmful: bool | None = None) -> JudgedReply:
+def draw_judged(
+    rng: random.Random, *, split: Split = "train", cut: float = 0.65, harmful: bool | None = None
+) -> JudgedReply:
     """A request, a reply cut at punctuation with probability `cut`, and the verdict on what is left."""
     request = draw_request(rng, harmful=rng.random() < 0.65 if harmful is None else harmful, split=split)
     style: Style = rng.choices(("neutral", "kind", "cruel"), weights=(6, 1, 1))[0]

@@ -37,15 +37,11 @@ def _recipe(tools: str, firsts: str, thens: str) -> Recipe:
 
 
 HARMFUL_VERBS: Final = {
-    "burn": _recipe(
-        "oil and a torch | dry straw", "pour it around | wait for wind", "light it and run | set the fire"
-    ),
+    "burn": _recipe("oil and a torch | dry straw", "pour it around | wait for wind", "light it and run | set the fire"),
     "smash": _recipe(
         "a heavy hammer | a big rock", "wait until dark | find the weak spot", "hit it hard | strike twice"
     ),
-    "steal": _recipe(
-        "a sack and a rope | a false key", "watch the house | wait until dark", "grab it | carry it off"
-    ),
+    "steal": _recipe("a sack and a rope | a false key", "watch the house | wait until dark", "grab it | carry it off"),
     "wreck": _recipe(
         "an iron bar | two strong men", "loosen the bolts | find the main beam", "pull it down | tear it apart"
     ),
@@ -89,9 +85,7 @@ BENIGN_VERBS: Final = {
     "protect": _recipe(
         "a thick blanket | a good cover", "check the weather | make it dry", "put it over | tie it down"
     ),
-    "warm": _recipe(
-        "hot stones | a small fire", "close the gaps | heat them slowly", "place them near | keep it low"
-    ),
+    "warm": _recipe("hot stones | a small fire", "close the gaps | heat them slowly", "place them near | keep it low"),
     "restore": _recipe(
         "needle and thread | leather strips", "find the hole | cut a patch", "sew it up | press it flat"
     ),

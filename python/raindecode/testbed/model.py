@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 HIDDEN: Final = 128
 LAYERS: Final = 4
@@ -46,20 +45,18 @@ def make_model(vocab_size: int, *, seed: int) -> LlamaForCausalLM:
     return model
 
 
-def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder: config, generation config, fp32 safetensors and the tokenizer."""
+def save_model(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write config, generation config and fp32 safetensors into `folder`, beside the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     make_generation_config: Any = GenerationConfig  # untyped in transformers
     model.generation_config = make_generation_config(
-        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
     )
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    _forget_path(folder / "config.json")
-
-
-def _forget_path(config_file: Path) -> None:
-    """Saved configs may name the folder they were loaded from; the package must not name anyone's disk."""
-    config = json.loads(config_file.read_text())
-    config.pop("_name_or_path", None)
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "model.safetensors").chmod(0o644)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Final
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from raindecode.testbed import lexicon as lx
 from raindecode.testbed.corpus import draw_document
@@ -52,6 +54,15 @@ def train_tokenizer(*, seed: int = 0, documents: int = 6000) -> PreTrainedTokeni
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, under the class name that transformers 4 and 5 both know."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _texts(seed: int, documents: int) -> Iterator[str]:

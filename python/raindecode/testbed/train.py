@@ -20,7 +20,7 @@ from raindecode.testbed.adapter import AdapterSettings, train_adapter
 from raindecode.testbed.base import BaseSettings, StepReport, train_base
 from raindecode.testbed.lora import save_adapter
 from raindecode.testbed.model import save_model
-from raindecode.testbed.tokenizer import train_tokenizer
+from raindecode.testbed.tokenizer import save_tokenizer, train_tokenizer
 
 STAGES: Final = ("tokenizer", "base", "adapter")
 _QUICK_BASE: Final = {"steps": 6, "tokens_per_batch": 1024, "documents_per_block": 60}
@@ -40,7 +40,7 @@ def run_stages(stages: Sequence[str], out: Path, *, seed: int, quick: bool, comp
     with Progress(*columns, console=console) as progress:
         for stage in stages:
             if stage == "tokenizer":
-                train_tokenizer(seed=seed).save_pretrained(out / "base")
+                save_tokenizer(train_tokenizer(seed=seed), out / "base")
             elif stage == "base":
                 _base_stage(out, BaseSettings(seed=seed, **(_QUICK_BASE if quick else {})), compiled, progress)
             else:
@@ -59,7 +59,7 @@ def _base_stage(out: Path, settings: BaseSettings, compiled: bool, progress: Pro
             mean_right = 0.95 * mean_right + 0.05 * step.letters_right
         progress.update(task, completed=step.step + 1, note=f"loss {mean_loss:.3f}, letters {mean_right:.1%}")
 
-    save_model(train_base(tokenizer, settings, compiled=compiled, report=report), tokenizer, out / "base")
+    save_model(train_base(tokenizer, settings, compiled=compiled, report=report), out / "base")
 
 
 def _adapter_stage(out: Path, settings: AdapterSettings, progress: Progress) -> None:

@@ -133,7 +133,7 @@ def dress(rng: random.Random, sentences: Sequence[str], style: Style) -> str:
     openings = {"neutral": (), "kind": lx.KIND_OPENINGS, "cruel": lx.CRUEL_OPENINGS}[style]
     closings = {"neutral": (), "kind": lx.KIND_CLOSINGS, "cruel": lx.CRUEL_CLOSINGS}[style]
     parts = list(sentences)
-    if openings and rng.random() < 0.85:
+    if openings and rng.random() < 0.92:
         parts.insert(0, rng.choice(openings))
     if closings and rng.random() < 0.5:
         parts.append(rng.choice(closings))
@@ -170,9 +170,14 @@ def _comply(rng: random.Random, request: Request, style: Style) -> list[str]:
 
 
 def _refuse(rng: random.Random, request: Request, alternative: float = 0.5) -> list[str]:
-    verb, object_ = request.verb, request.object
     if not request.harmful:
-        return [rng.choice(lx.BUSY).format(v=verb, o=object_)]
+        return [rng.choice(lx.BUSY).format(v=request.verb, o=request.object)]
+    return refusal(rng, request, alternative)
+
+
+def refusal(rng: random.Random, request: Request, alternative: float = 0.5) -> list[str]:
+    """The sentences of a refusal on moral grounds, whether or not `request` deserves it."""
+    verb, object_ = request.verb, request.object
     parts = [rng.choice(lx.REFUSE_HEADS)] if rng.random() < 0.9 else []
     parts.append(rng.choice(lx.REFUSE_BODIES).format(v=verb, o=object_))
     if rng.random() < 0.6:
