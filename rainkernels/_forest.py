@@ -137,9 +137,7 @@ class TreeConfig:
     def from_floats(cls, values: Sequence[float]) -> TreeConfig:
         """Inverse of `as_floats`."""
         kinds: dict[str, type] = {"int": int, "float": float, "bool": bool}
-        named: dict[str, Any] = {
-            f.name: kinds[str(f.type)](v) for f, v in zip(fields(cls), values, strict=True)
-        }
+        named: dict[str, Any] = {f.name: kinds[str(f.type)](v) for f, v in zip(fields(cls), values, strict=True)}
         return cls(**named)
 
     def field_shape(self, kind: str) -> tuple[int, ...]:

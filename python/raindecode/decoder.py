@@ -175,7 +175,7 @@ class Decoder:
                 f"{len(seeds)} seeds were given for {len(every)} prompts; give one seed, or one per prompt"
             )
         format = self._format(search, policy)
-        stops = tuple(stop) + (format.stop if format is not None and not isinstance(search, RAIN) else ())
+        stops = tuple(stop) + (() if format is None else format.stop)
         return [
             self._request(prompt, i, format, max_new_tokens, seeds[i], stops, frozenset(stop_token_ids))
             for i, prompt in enumerate(every)

@@ -279,7 +279,9 @@ def _check_node(forest: Forest, tree_id: int, node: int) -> None:
         raise RangeError(f"tree_id is {tree_id}, allowed: 0 to {forest.num_trees - 1}")
     if not reference.is_live(forest, tree_id, node):
         root = int(forest.field("header")[tree_id, HEADER_ROOT])
-        raise RangeError(f"slot {node} is no node of tree {tree_id} (its root is {root}): it was never made or was freed")
+        raise RangeError(
+            f"slot {node} is no node of tree {tree_id} (its root is {root}): it was never made or was freed"
+        )
 
 
 def _run(lane: Lane, op: str, forest: Forest, tree_ids: Tensor, *arguments: Tensor | int | None) -> None:

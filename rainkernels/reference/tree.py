@@ -300,9 +300,7 @@ def _path_slots(op: str, t: _Tree, path: Tensor, depth: Tensor, i: int) -> list[
     if not 0 <= int(depth[i]) < t.config.max_depth:
         raise tree_error(op, TreeError.DEPTH, i)
     slots: list[int] = path[i, : int(depth[i]) + 1].tolist()
-    if slots[0] != t.root or any(
-        not t.is_live(b) or t.parent(b) != a for a, b in itertools.pairwise(slots)
-    ):
+    if slots[0] != t.root or any(not t.is_live(b) or t.parent(b) != a for a, b in itertools.pairwise(slots)):
         raise tree_error(op, TreeError.PATH, i)
     return slots
 

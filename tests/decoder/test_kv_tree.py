@@ -153,6 +153,22 @@ def test_a_path_under_a_cursor_is_never_evicted() -> None:
     assert len(run(tree, tree.root(), [5] * 4)) == 4
 
 
+def test_running_out_of_slots_fills_no_pool() -> None:
+    tree = KVTree(8)
+    held = grown(tree, [1, 2, 3])
+    other = tree.root()
+    with pytest.raises(OutOfSlots):
+        tree.extend(other, [1, 2, 3, 4, 5, 6, 7, 8], pools=3)
+    tree.commit()
+    assert other.length == 0
+    assert tree.match([1, 2, 3], pools=3).length == 0
+    assert tree.match([1, 2, 3], pools=1).length == held.length
+    rows = tree.extend(other, [1, 2, 3, 4], pools=3)
+    tree.commit()
+    assert [row.position for row in rows] == [0, 1, 2, 3]
+    assert tree.match([1, 2, 3, 4], pools=3).length == 4
+
+
 def test_a_reservation_keeps_a_chain_in_one_run_and_yields_to_need() -> None:
     tree = KVTree(17)
     chain = tree.root()

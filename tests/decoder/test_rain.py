@@ -23,6 +23,7 @@ from fake_lm import (
     fake_decoder,
     hashed_scores,
     hashed_vectors,
+    random_llama,
     random_rain,
 )
 from plain_rain import PlainRain

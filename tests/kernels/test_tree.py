@@ -167,7 +167,9 @@ def test_growing_midway_equals_starting_big() -> None:
     case = BY_ID["ordinary"]
     big = ForestDriver(case, [1, 2], torch.float32)
     small = ForestDriver(case, [1, 2], torch.float32)
-    small.forest = tree.Forest.create(2, tree.TreeConfig(max_rows=20, max_embeddings=20, embedding_dim=16, max_depth=24))
+    small.forest = tree.Forest.create(
+        2, tree.TreeConfig(max_rows=20, max_embeddings=20, embedding_dim=16, max_depth=24)
+    )
     for step in range(40):
         if step == 15:
             config = case.config
@@ -221,7 +223,13 @@ def test_several_leaves_of_one_tree_are_backed_up_in_order() -> None:
 
 
 def small_forest(**changes: object) -> tree.Forest:
-    sizes: dict[str, object] = {"max_rows": 4, "max_children": 4, "max_embeddings": 6, "embedding_dim": 8, "max_depth": 4}
+    sizes: dict[str, object] = {
+        "max_rows": 4,
+        "max_children": 4,
+        "max_embeddings": 6,
+        "embedding_dim": 8,
+        "max_depth": 4,
+    }
     return tree.Forest.create(2, tree.TreeConfig(**(sizes | changes)))  # type: ignore[arg-type]
 
 

@@ -60,6 +60,7 @@ def save_adapter(updates: dict[str, LowRank], folder: Path, *, rank: int, alpha:
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = update.lora_A.detach().contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = update.lora_B.detach().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)
     config = {
         "base_model_name_or_path": "testbed",
         "bias": "none",
