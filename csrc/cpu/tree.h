@@ -13,11 +13,10 @@ struct TreeGroups {
   int64_t num_groups;
 };
 
-#define RK_TREE_OPS(X)                                                                                \
-  X(select, SelectArgs)                                                                               \
-  X(expand, ExpandArgs)                                                                               \
-  X(add_child, AddChildArgs) X(backup, BackupArgs) X(best_child, BestChildArgs) X(reroot, RerootArgs) \
-      X(mark, MarkArgs)
+#define RK_TREE_OPS(X)  \
+  X(select, SelectArgs) \
+  X(expand, ExpandArgs) \
+  X(add_child, AddChildArgs) X(backup, BackupArgs) X(best_child, BestChildArgs) X(reroot, RerootArgs) X(mark, MarkArgs)
 
 #define RK_DECLARE(name, Args) int64_t tree_##name(const Forest& f, const Args& a, int threads);
 RK_TREE_OPS(RK_DECLARE)

@@ -18,6 +18,8 @@ int cuda_runtime_version() {
   return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-const char* cuda_error_name(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
+const char* cuda_error_name(int error) {
+  return cudaGetErrorName(static_cast<cudaError_t>(error));
+}
 
 }  // namespace rainkernels
