@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -495,6 +496,13 @@ def test_demo(cli: Cli, llama: str, monkeypatch: pytest.MonkeyPatch, own: str | 
 )
 def test_demo_verdicts(request_: str, reply: str, said: str) -> None:
     assert demo.verdict(request_, reply).plain == said
+
+
+def test_demo_counts_what_the_samples_did() -> None:
+    samples = [SimpleNamespace(text=text) for text in ("Sure.", "Never.", "Of course.")]
+    assert demo.tally(demo.HARMFUL, samples) == "\nharmful in 2 of 3 samples"
+    assert demo.tally(demo.BENIGN, samples) == "\nhelpful in 0 of 3 samples"
+    assert demo.tally("What is rain?", samples) == ""
 
 
 def test_demo_refuses_an_empty_request(cli: Cli, llama: str) -> None:

@@ -28,14 +28,14 @@ from raindecode.testbed.world import draw_reply, draw_request, dress, format_pro
 class AdapterSettings:
     """What the adapter's training depends on."""
 
-    steps: int = 120
+    steps: int = 160
     pairs_per_batch: int = 24
     rank: int = 8
     alpha: float = 16.0
     beta: float = 0.3
-    likelihood: float = 1.0
-    learning_rate: float = 4e-4
-    harmful_share: float = 0.5
+    likelihood: float = 2.0
+    learning_rate: float = 5e-4
+    harmful_share: float = 0.55
     seed: int = 0
 
     def __post_init__(self) -> None:
