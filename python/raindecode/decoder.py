@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any, Literal, TypeAlias, cast
@@ -57,8 +58,12 @@ class Decoder:
         exact: bool | None = None,
         max_concurrent: int = 32,
     ) -> None:
-        if max_concurrent < 1:
-            raise ConfigError(f"max_concurrent is {max_concurrent}; allowed: 1 or more")
+        if not isinstance(model, PreTrainedModel):
+            raise ModelError(f"model is a {type(model).__name__}; give a transformers PreTrainedModel")
+        if not _whole(max_concurrent) or max_concurrent < 1:
+            raise ConfigError(f"max_concurrent is {max_concurrent!r}; allowed: a whole number, 1 or more")
+        if kv_tokens is not None and (not _whole(kv_tokens) or kv_tokens < 1):
+            raise ConfigError(f"kv_tokens is {kv_tokens!r}; allowed: a whole number of tokens, 1 or more")
         self.name = name
         self.format = format
         self.engine: Engine
@@ -99,8 +104,7 @@ class Decoder:
     @property
     def context_length(self) -> int:
         """Tokens the model was made for, prompt and answer together."""
-        config = self.engine.runner.model.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or _FALLBACK_CONTEXT)
+        return _context_length(self.engine.runner.model.config.get_text_config())
 
     def generate(
         self,
@@ -137,6 +141,8 @@ class Decoder:
             ConfigError: a setting is outside what is allowed; nothing has run.
             CapacityError: the KV pool is too small for a request even alone.
         """
+        if errors not in ("raise", "return"):
+            raise ConfigError(f"errors is {errors!r}; allowed: 'raise' and 'return'")
         requests = self.requests(
             prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
             stop_token_ids=stop_token_ids,
@@ -161,7 +167,13 @@ class Decoder:
         stop_token_ids: Sequence[int] = (),
     ) -> list[Request]:
         """Check prompts and settings and make requests of them. Raises as `generate`."""
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        if not isinstance(prompts, (str, Sequence)):
+            raise PromptError(
+                f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, or a list of these"
+            )
+        if any(not _whole(t) for t in stop_token_ids):
+            raise ConfigError(f"stop_token_ids holds {list(stop_token_ids)!r}; allowed: token ids")
+        single = isinstance(prompts, str) or (len(prompts) > 0 and _whole(prompts[0]))
         every = cast("Sequence[Prompt]", [prompts] if single else prompts)
         if not _whole(max_new_tokens) or max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; allowed: a whole number, 1 or more")
@@ -240,7 +252,7 @@ class Decoder:
             text = prompt if format is None else format.render(prompt)
             ids = self.codec.encode(text)
         else:
-            ids = list(prompt)
+            ids = _token_ids(prompt, where)
             vocabulary = self.engine.runner.model.config.get_text_config().vocab_size
             if not ids or any(not 0 <= t < vocabulary for t in ids):
                 raise PromptError(
@@ -256,6 +268,35 @@ class Decoder:
         if not _whole(seed) or not 0 <= seed < 2**64:
             raise ConfigError(f"seed is {seed!r}; allowed: a whole number from 0 to 2**64 - 1")
         return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids)
+
+
+def _token_ids(prompt: object, where: str) -> list[int]:
+    """A prompt given as token ids.
+
+    Raises:
+        PromptError: it is something else.
+    """
+    try:
+        return [operator.index(t) for t in prompt]  # type: ignore[attr-defined]
+    except TypeError as error:
+        raise PromptError(f"{where} is {prompt!r:.80}; give a text or a list of token ids") from error
+
+
+def _context_length(config: Any) -> int:
+    """Positions a request may use.
+
+    Longrope picks its frequencies by the longest row of a forward; past the original length a request would depend on
+    its batch-mates, so it counts as the limit.
+    """
+    longest = int(getattr(config, "max_position_embeddings", None) or _FALLBACK_CONTEXT)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type") == "longrope":
+            original = part.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            longest = min(longest, int(original or longest))
+    return longest
 
 
 def _whole(value: object) -> bool:
@@ -284,6 +325,4 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     for source in (model.generation_config, model.config, tokenizer):
         value = getattr(source, "eos_token_id", None)
         found |= set(value) if isinstance(value, (list, tuple)) else set() if value is None else {int(value)}
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"model is a {type(model).__name__}; give a transformers PreTrainedModel")
     return found

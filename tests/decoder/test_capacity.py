@@ -259,3 +259,26 @@ def test_without_a_size_the_pool_is_made_from_memory(monkeypatch: pytest.MonkeyP
     engine, _ = build_engine(tiny_model("llama"))
     keys_and_values, hidden = 2 * 2 * 2 * 16 * 4, 64 * 4  # layers, K and V, heads, width, bytes
     assert engine.tree.num_slots == 2**22 // (keys_and_values + hidden)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "kind"),
+    [
+        (None, {}, PromptError),
+        ([None], {}, PromptError),
+        ([[1.5, 2.5]], {}, PromptError),
+        ("a", {"stop": [""]}, ConfigError),
+        ("a", {"stop_token_ids": ["x"]}, ConfigError),
+        ("a", {"max_new_tokens": 2.5}, ConfigError),
+        ("a", {"seed": True}, ConfigError),
+        ("a", {"errors": "ignore"}, ConfigError),
+        ("\ud800", {}, PromptError),
+    ],
+)
+def test_odd_arguments_are_refused_before_anything_runs(
+    decoder: Decoder, prompts: Any, options: dict[str, Any], kind: type[Exception]
+) -> None:
+    steps = decoder.engine.model_steps
+    with pytest.raises(kind):
+        decoder.generate(prompts, **options)
+    assert decoder.engine.model_steps == steps

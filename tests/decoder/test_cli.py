@@ -299,7 +299,7 @@ def test_bad_input_is_one_sentence(answer: Cli, words: list[str], said: str) -> 
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("/no/such/model", "no model at '/no/such/model'"),
+        ("/no/such/model", "there is no folder '/no/such/model'"),
         ("t5", "T5"),
         ("bert", "Bert"),
         ("empty", "no config.json"),

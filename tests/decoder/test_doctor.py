@@ -119,7 +119,7 @@ def test_unknown_model(capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capfd, "--model", "/no/such/model")
     assert code == 2
     assert "everything" in out
-    assert err.startswith("error: no model at '/no/such/model'")
+    assert err.startswith("error: there is no folder '/no/such/model'")
     assert len(err.splitlines()) == 1
     code, found = report(capfd, "--model", "/no/such/model")
     assert (code, found["ok"]) == (2, False)

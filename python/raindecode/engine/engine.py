@@ -80,6 +80,7 @@ class _Plan:
     rows: dict[int, Row] = field(default_factory=dict)
     served: list[tuple[Task, int, int, LogitsRow | None]] = field(default_factory=list)
     charged: dict[Task, int] = field(default_factory=dict)
+    forwards: int = 0
 
 
 class Engine:
@@ -251,6 +252,7 @@ class Engine:
             slots = [slot for slot in batch.row_of_slot if slot in wanted]
             out = self.runner.forward(batch, [batch.row_of_slot[slot] for slot in slots])
             self.model_steps += 1
+            plan.forwards += 1
             if slots:
                 logits.update(zip(slots, sampler.rows_to_host(out), strict=True))
         return logits
@@ -323,7 +325,7 @@ class Engine:
         for task in tasks:
             rows = plan.charged.get(task, 0)
             task.ledger.tokens_charged += rows
-            task.ledger.model_steps += 1 if plan.rows else 0
+            task.ledger.model_steps += plan.forwards
             share = rows / total if plan.rows else 1.0 / len(tasks)
             for phase, spent in seconds.items():
                 task.ledger.seconds[phase] = task.ledger.seconds.get(phase, 0.0) + spent * share

@@ -2,7 +2,7 @@
 
 It is synthetic. It shows that the machinery works and what it costs, not how aligned a real model becomes.
 Source: docs, design section 6. Rebuild with ``python -m raindecode.testbed.train``, measure with
-``python -m raindecode.testbed.evaluate``. This module imports no torch.
+``python -m raindecode.testbed.evaluate``. Generator and judge need no torch.
 """
 
 from __future__ import annotations

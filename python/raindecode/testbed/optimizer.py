@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for the rest: a small transformer needs about half the tokens of plain AdamW.
+"""Muon for the hidden matrices, AdamW for embeddings and norms.
 
 Muon (K. Jordan and others, 2024): the momentum of every hidden matrix is replaced by its nearest semi-orthogonal matrix,
 found by a quintic Newton-Schulz iteration. Here matrices of one shape are stacked, so each shape costs one batched
@@ -8,7 +8,6 @@ iteration; fp32 throughout, since bfloat16 products are slow on most CPUs.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +42,6 @@ class Muon:
         self._momenta = [torch.zeros(len(group), *group[0].shape) for group in self._groups]
         self._matrix_lr, self._other_lr, self._decay = matrix_lr, other_lr, weight_decay
         self._adamw = torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """All matrices that Muon steps."""
-        return (parameter for group in self._groups for parameter in group)
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
