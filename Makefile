@@ -13,7 +13,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.ready
-TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(subst :,_,$(subst =,_,$(TORCH))))
+TORCH_STAMP := $(VENV)/.torch
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test test-slow lint format build wheel bench clean help
@@ -56,15 +56,15 @@ $(TORCH_STAMP):
 	@echo "[1/3] virtual environment and $(TORCH)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install "$(TORCH)"
-	@touch $@
+	@touch "$@"
 
 $(VENV)/.tools: $(TORCH_STAMP) pyproject.toml
 	@echo "[2/3] Python packages"
 	@$(PIP) install "setuptools>=77" wheel "pybind11>=3.0" "cmake>=3.26" ninja
-	@touch $@
+	@touch "$@"
 
 $(STAMP): $(VENV)/.tools $(SOURCES)
 	@echo "[3/3] compiling rainkernels (log: $(VENV)/build.log)"
 	@$(PIP) install --no-build-isolation -e ".[dev]" --verbose > $(VENV)/build.log 2>&1 || { tail -n 25 $(VENV)/build.log; exit 1; }
 	@grep -h "rainkernels:" $(VENV)/build.log | sort -u | sed 's/^ *//' || true
-	@touch $@
+	@touch "$@"

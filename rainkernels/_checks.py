@@ -10,6 +10,7 @@ from torch import Tensor
 from rainkernels.errors import DeviceError, DtypeError, ShapeError, StrideError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DEVICE_TYPES = ("cpu", "cuda")
 
 
 def check_tensor(
@@ -24,6 +25,8 @@ def check_tensor(
     """Raise a typed error unless `t` is what the op takes. `None` in `shape` matches any size."""
     if not isinstance(t, Tensor):
         raise DtypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.device.type not in DEVICE_TYPES:
+        raise DeviceError(f"{name} is on {t.device}, allowed: {', '.join(DEVICE_TYPES)}: move it with .to('cpu')")
     if device is not None and t.device != device:
         raise DeviceError(
             f"{name} is on {t.device}, expected {device} like the other tensors: move it with .to({str(device)!r})"
@@ -37,6 +40,11 @@ def check_tensor(
             raise ShapeError(f"{name} has rank {t.dim()} (shape {list(t.shape)}), expected shape {_show(shape)}")
         if any(want is not None and want != got for want, got in zip(shape, t.shape, strict=True)):
             raise ShapeError(f"{name} has shape {list(t.shape)}, expected {_show(shape)}")
+    # The kernels read memory as it lies; a lazy view holds the values before the sign change.
+    if t.is_neg() or t.is_conj():
+        raise StrideError(
+            f"{name} is a lazy negative/conjugate view: call .resolve_neg()/.resolve_conj() to write its values out"
+        )
     if contiguous and not t.is_contiguous():
         raise StrideError(f"{name} has strides {list(t.stride())}, expected contiguous memory: call .contiguous()")
 

@@ -27,6 +27,7 @@ _LAYERS = [
     ("raindecode.engine", 10),
     ("raindecode.text", 5),
     ("raindecode.progress", 5),
+    ("raindecode.settings", 5),
     ("raindecode.types", 5),
     ("raindecode.env", 0),
     ("raindecode.errors", 0),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -22,6 +21,7 @@ from raindecode.progress import ProgressDisplay
 from raindecode.search.context import SearchContext
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
+from raindecode.settings import as_strings, as_token_ids, is_whole, require_whole
 from raindecode.text import Codec
 from raindecode.types import Completion, Request
 
@@ -60,10 +60,11 @@ class Decoder:
     ) -> None:
         if not isinstance(model, PreTrainedModel):
             raise ModelError(f"model is a {type(model).__name__}; give a transformers PreTrainedModel")
-        if not _whole(max_concurrent) or max_concurrent < 1:
-            raise ConfigError(f"max_concurrent is {max_concurrent!r}; allowed: a whole number, 1 or more")
-        if kv_tokens is not None and (not _whole(kv_tokens) or kv_tokens < 1):
-            raise ConfigError(f"kv_tokens is {kv_tokens!r}; allowed: a whole number of tokens, 1 or more")
+        require_whole("max_concurrent", max_concurrent, 1)
+        if format is not None and not isinstance(format, ChatFormat):
+            raise ConfigError(f"format is a {type(format).__name__}; give a ChatFormat or None")
+        if kv_tokens is not None:
+            require_whole("kv_tokens", kv_tokens, 1)
         self.name = name
         self.format = format
         self.engine: Engine
@@ -91,6 +92,10 @@ class Decoder:
         Raises:
             ModelError, UnsupportedModelError, ConfigError: as the constructor, and when nothing can be loaded.
         """
+        if not isinstance(model, str):
+            raise ModelError(
+                f"model is {model!r}; give 'testbed', a folder, or a hub id; for a loaded model use Decoder(model, tokenizer)"
+            )
         place = _device(device)
         if dtype is not None and dtype not in _DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
@@ -171,25 +176,25 @@ class Decoder:
             raise PromptError(
                 f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, or a list of these"
             )
-        if any(not _whole(t) for t in stop_token_ids):
-            raise ConfigError(f"stop_token_ids holds {list(stop_token_ids)!r}; allowed: token ids")
-        single = isinstance(prompts, str) or (len(prompts) > 0 and _whole(prompts[0]))
+        if policy is not None and not isinstance(policy, Policy):
+            raise ConfigError(f"policy is a {type(policy).__name__}; give a Policy")
+        if search is not None and not isinstance(search, (Sampling, RAIN)):
+            raise ConfigError(f"search is a {type(search).__name__}; give Sampling() or RAIN")
+        require_whole("max_new_tokens", max_new_tokens, 1)
+        stop_ids = self._known_ids("stop_token_ids", as_token_ids("stop_token_ids", stop_token_ids))
+        if isinstance(search, Sampling):
+            self._known_ids("stop_token_ids", search.stop_token_ids)
+        single = isinstance(prompts, str) or (len(prompts) > 0 and is_whole(prompts[0]))
         every = cast("Sequence[Prompt]", [prompts] if single else prompts)
-        if not _whole(max_new_tokens) or max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; allowed: a whole number, 1 or more")
-        if isinstance(stop, str):
-            raise ConfigError(f"stop is the string {stop!r}; give a list of strings, such as [{stop!r}]")
-        if any(not isinstance(s, str) or not s for s in stop):
-            raise ConfigError(f"stop holds {list(stop)!r}; allowed: non-empty strings")
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(every)
         if len(seeds) != len(every):
             raise ConfigError(
                 f"{len(seeds)} seeds were given for {len(every)} prompts; give one seed, or one per prompt"
             )
         format = self._format(search, policy)
-        stops = tuple(stop) + (() if format is None else format.stop)
+        stops = as_strings("stop", stop) + (() if format is None else format.stop)
         return [
-            self._request(prompt, i, format, max_new_tokens, seeds[i], stops, frozenset(stop_token_ids))
+            self._request(prompt, i, format, max_new_tokens, seeds[i], stops, frozenset(stop_ids))
             for i, prompt in enumerate(every)
         ]
 
@@ -202,6 +207,8 @@ class Decoder:
         progress: bool | None = None,
     ) -> Iterator[tuple[int, Completion | BaseException]]:
         """Run requests and yield (index, Completion or error) as each finishes."""
+        if on_text is not None and not callable(on_text):
+            raise ConfigError(f"on_text is a {type(on_text).__name__}; give a function of (index, text)")
         chosen = Sampling() if search is None else search
         with ProgressDisplay.choose(progress, len(requests), searching=isinstance(chosen, RAIN)) as display:
             tasks = (self._task(i, request, chosen, on_text, display) for i, request in enumerate(requests))
@@ -227,6 +234,12 @@ class Decoder:
             on_progress=display.reporter(index),
         )
         return Task(search.search(context), ledger, tag=index)
+
+    def _known_ids(self, name: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+        vocabulary = self.engine.runner.model.config.get_text_config().vocab_size
+        if any(t >= vocabulary for t in ids):
+            raise ConfigError(f"{name} holds {list(ids)}; allowed: ids of this vocabulary, 0 to {vocabulary - 1}")
+        return ids
 
     def _format(self, search: Sampling | RAIN | None, policy: Policy | None) -> ChatFormat | None:
         if policy is not None and policy.prompt is not None:
@@ -265,7 +278,7 @@ class Decoder:
                 f"{where} has {len(ids)} tokens with its format, the context of {self.name} {self.context_length}: "
                 f"shorten it to at most {self.context_length - 1} tokens"
             )
-        if not _whole(seed) or not 0 <= seed < 2**64:
+        if not is_whole(seed) or not 0 <= seed < 2**64:
             raise ConfigError(f"seed is {seed!r}; allowed: a whole number from 0 to 2**64 - 1")
         return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids)
 
@@ -297,10 +310,6 @@ def _context_length(config: Any) -> int:
             )
             longest = min(longest, int(original or longest))
     return longest
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _device(name: str | None) -> torch.device:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rainkernels._checks import FLOATS, check_tensor
 from rainkernels._lanes import choose_lane, native
-from rainkernels.errors import DeviceError, DtypeError, RangeError, ShapeError, StrideError
+from rainkernels.errors import DtypeError, RangeError, ShapeError, StrideError
 from rainkernels.reference import attention as reference
 
 __all__ = ["AttentionPlan", "MergedState", "attention_plan", "merge_state", "tree_attention"]
@@ -21,6 +21,15 @@ _CPU = torch.device("cpu")
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Order shared with csrc/include/rainkernels/attention.h (enum PlanRule).
 _RULES = ("", "indptr", "parent", "start", "slot", "row_segment", "row_position")
+# The tensors of a plan in the order of its checks, each with the one before it that has the same length.
+_PLAN_TENSORS: dict[str, str | None] = {
+    "segment_parent": None,
+    "segment_start": "segment_parent",
+    "segment_slots_indptr": None,
+    "slots": None,
+    "row_segment": None,
+    "row_position": "row_segment",
+}
 _RULE_TEXT = {
     "indptr": "segment_slots_indptr[{i}] breaks the rule: it must start at 0, never decrease and end at len(slots)",
     "parent": "segment_parent[{i}] must be -1 (a root) or the index of an earlier segment: parents before children",
@@ -54,7 +63,11 @@ class AttentionPlan:
     """Which keys every row sees. Made by `attention_plan`, opaque, shared by all layers of a forward.
 
     All tensors are int32 on the cpu. Layouts, workspaces and the lane are found at the first call of each shape and kept
-    with the plan; several threads may use one plan.
+    with the plan; several threads may use one plan. The tensors are copies and must not be changed: what a changed plan
+    gives is undefined. A plan made by `dataclasses.replace` is copied and checked like a new one and shares nothing.
+
+    Raises:
+        As `attention_plan`; ShapeError also where num_rows or num_segments does not fit the tensors.
     """
 
     segment_parent: Tensor  # [num_segments]
@@ -65,18 +78,60 @@ class AttentionPlan:
     row_position: Tensor  # [num_rows]
     num_rows: int
     num_segments: int
-    max_slot: int  # -1 when there is no key
+    max_slot: int = -1  # found from `slots`, whatever is given; -1 when there is no key
     _gather: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _layouts: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _workspaces: dict[int, Tensor] = field(default_factory=dict, repr=False)  # by size in floats
     _calls: dict[object, _Call] = field(default_factory=dict, repr=False)  # by signature
 
     def __post_init__(self) -> None:
+        for name, length_of in _PLAN_TENSORS.items():
+            length = None if length_of is None else getattr(self, length_of).shape[0]
+            check_tensor(name, getattr(self, name), dtype=torch.int32, shape=(length,), device=_CPU)
         if self.num_rows != self.row_segment.shape[0] or self.num_segments != self.segment_parent.shape[0]:
             raise ShapeError(
                 f"AttentionPlan has {self.num_rows} rows and {self.num_segments} segments, but tensors for "
                 f"{self.row_segment.shape[0]} and {self.segment_parent.shape[0]}: use attention_plan()"
             )
+        if self.segment_slots_indptr.shape[0] != self.num_segments + 1:
+            raise ShapeError(
+                f"segment_slots_indptr has {self.segment_slots_indptr.shape[0]} entries, "
+                f"expected num_segments + 1 = {self.num_segments + 1}"
+            )
+        # Copied first and checked then: nobody can change a checked slot afterwards.
+        for name in _PLAN_TENSORS:
+            object.__setattr__(self, name, getattr(self, name).clone())
+        # dataclasses.replace hands over the old plan's caches, which describe the old tensors.
+        for name in ("_gather", "_layouts", "_workspaces", "_calls"):
+            object.__setattr__(self, name, {})
+        object.__setattr__(self, "max_slot", _checked_max_slot(self))
+
+
+def _checked_max_slot(plan: AttentionPlan) -> int:
+    """The greatest slot of a plan whose tensors hold to every rule; RangeError where they do not."""
+    if choose_lane("attention", _CPU) == "reference":
+        fault = reference.plan_fault(*(getattr(plan, name) for name in _PLAN_TENSORS))
+        max_slot = int(plan.slots.max()) if plan.slots.numel() else -1
+    else:
+        rule, index, max_slot = native().attention_plan_check(
+            plan.segment_parent.data_ptr(), plan.segment_start.data_ptr(), plan.segment_slots_indptr.data_ptr(),
+            plan.num_segments, plan.slots.data_ptr(), plan.slots.shape[0], plan.row_segment.data_ptr(),
+            plan.row_position.data_ptr(), plan.num_rows,
+        )  # fmt: skip
+        fault = reference.PlanFault(_RULES[rule], index) if rule else None
+    if fault is not None:
+        raise RangeError(f"attention_plan: {_RULE_TEXT[fault.rule].format(i=fault.at)}")
+    return int(max_slot)
+
+
+def _check_unchanged(plan: AttentionPlan) -> None:
+    """Before a layout is built from the tensors: a write to them since must not lead a kernel out of the pools."""
+    max_slot = _checked_max_slot(plan)
+    if max_slot > plan.max_slot:
+        raise RangeError(
+            f"plan.slots names slot {max_slot}, at most {plan.max_slot} when the plan was made: its tensors must not be "
+            "changed, make a new one with attention_plan()"
+        )
 
 
 def attention_plan(
@@ -104,44 +159,11 @@ def attention_plan(
         DeviceError, DtypeError, ShapeError, StrideError, RangeError: naming the argument, entry and rule.
     Source: docs/design.md, attention.  Reference: rainkernels.reference.attention.plan_fault
     """
-    for name, t, length in (
-        ("segment_parent", segment_parent, None),
-        ("segment_start", segment_start, segment_parent),
-        ("segment_slots_indptr", segment_slots_indptr, None),
-        ("slots", slots, None),
-        ("row_segment", row_segment, None),
-        ("row_position", row_position, row_segment),
-    ):
-        check_tensor(name, t, dtype=torch.int32, shape=(None if length is None else length.shape[0],), device=_CPU)
-    # Copied first and checked then: nobody can change a checked slot afterwards.
-    segment_parent, segment_start, segment_slots_indptr = (
-        segment_parent.clone(),
-        segment_start.clone(),
-        segment_slots_indptr.clone(),
-    )
-    slots, row_segment, row_position = slots.clone(), row_segment.clone(), row_position.clone()
-    num_segments, num_rows = segment_parent.shape[0], row_segment.shape[0]
-    if segment_slots_indptr.shape[0] != num_segments + 1:
-        raise ShapeError(
-            f"segment_slots_indptr has {segment_slots_indptr.shape[0]} entries, "
-            f"expected num_segments + 1 = {num_segments + 1}"
-        )
-    if choose_lane("attention", _CPU) == "reference":
-        fault = reference.plan_fault(
-            segment_parent, segment_start, segment_slots_indptr, slots, row_segment, row_position
-        )
-        max_slot = int(slots.max()) if slots.numel() else -1
-    else:
-        rule, index, max_slot = native().attention_plan_check(
-            segment_parent.data_ptr(), segment_start.data_ptr(), segment_slots_indptr.data_ptr(), num_segments,
-            slots.data_ptr(), slots.shape[0], row_segment.data_ptr(), row_position.data_ptr(), num_rows,
-        )  # fmt: skip
-        fault = reference.PlanFault(_RULES[rule], index) if rule else None
-    if fault is not None:
-        raise RangeError(f"attention_plan: {_RULE_TEXT[fault.rule].format(i=fault.at)}")
+    for name, t in (("segment_parent", segment_parent), ("row_segment", row_segment)):
+        check_tensor(name, t, dtype=torch.int32, shape=(None,), device=_CPU)
     return AttentionPlan(
         segment_parent, segment_start, segment_slots_indptr, slots, row_segment, row_position,
-        num_rows, num_segments, max_slot,
+        row_segment.shape[0], segment_parent.shape[0],
     )  # fmt: skip
 
 
@@ -197,7 +219,7 @@ def tree_attention(
         signature = (
             q.shape, q.stride(), q.dtype, q.device, k_pool.shape, k_pool.dtype, k_pool.device, k_pool.is_contiguous(),
             v_pool.shape, v_pool.dtype, v_pool.device, v_pool.is_contiguous(),
-            softmax_scale, softcap, sliding_window, threads,
+            q.is_neg(), k_pool.is_neg(), v_pool.is_neg(), softmax_scale, softcap, sliding_window, threads,
         )  # fmt: skip
         call = plan._calls.get(signature)
     except (AttributeError, TypeError):  # not a tensor, or not a plan: the checks say which
@@ -253,6 +275,7 @@ def _prepare(
 def _gathered(plan: AttentionPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     """Slot index and length of every row's path on `device`, for the reference lane."""
     if device not in plan._gather:
+        _check_unchanged(plan)
         index, length = reference.path_slots(
             plan.segment_parent, plan.segment_slots_indptr, plan.slots, plan.row_segment, plan.row_position
         )  # fmt: skip
@@ -264,6 +287,7 @@ def _layout(plan: AttentionPlan, group: int) -> Tensor:
     """The plan's row blocks for `group` query heads per KV head (csrc/cpu/attention_plan.cpp), built once."""
     layout = plan._layouts.get(group)
     if layout is None:
+        _check_unchanged(plan)
         raw = native().attention_layout(
             plan.segment_parent.data_ptr(), plan.segment_start.data_ptr(), plan.segment_slots_indptr.data_ptr(),
             plan.num_segments, plan.slots.data_ptr(), plan.slots.shape[0], plan.row_segment.data_ptr(),
@@ -280,8 +304,6 @@ def _check_attention(
         raise DtypeError(f"plan must come from attention_plan(), got {type(plan).__name__}")
     check_tensor("q", q, dtype=FLOATS, shape=(None, None, None), contiguous=False)
     device, dtype = q.device, q.dtype
-    if device.type not in {"cpu", "cuda"}:
-        raise DeviceError(f"q is on {device}, tree_attention runs on cpu and cuda")
     num_rows, num_qo_heads, head_dim = q.shape
     check_tensor("k_pool", k_pool, dtype=dtype, shape=(None, None, head_dim), device=device)
     num_slots, num_kv_heads, _ = k_pool.shape

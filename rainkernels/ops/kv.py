@@ -40,6 +40,7 @@ def kv_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping:
             k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device,
             k_pool.shape, k_pool.dtype, k_pool.device, k_pool.is_contiguous(), v_pool.shape, v_pool.dtype, v_pool.device,
             v_pool.is_contiguous(), slot_mapping.shape, slot_mapping.dtype, slot_mapping.device, slot_mapping.is_contiguous(),
+            k.is_neg(), v.is_neg(), k_pool.is_neg(), v_pool.is_neg(), slot_mapping.is_neg(),
         )  # fmt: skip
         known = signature in _CHECKED
     except (AttributeError, TypeError):  # not a tensor: the checks say which
@@ -86,8 +87,8 @@ def kv_copy(k_pool: Tensor, v_pool: Tensor, src: Tensor, dst: Tensor) -> None:
         DeviceError, DtypeError, ShapeError, StrideError, RangeError: naming the argument.
     Devices: cpu, cuda (clamps src and skips dst outside the pool there).  Reference: rainkernels.reference.kv.kv_copy
     """
-    device = k_pool.device
     check_tensor("k_pool", k_pool, dtype=FLOATS, shape=(None, None, None))
+    device = k_pool.device
     check_tensor("v_pool", v_pool, dtype=k_pool.dtype, shape=(*k_pool.shape[:2], None), device=device)
     check_tensor("src", src, dtype=torch.int32, shape=(None,), device=device)
     check_tensor("dst", dst, dtype=torch.int32, shape=(src.shape[0],), device=device)

@@ -28,7 +28,7 @@ from rainkernels._forest import (
 )
 from rainkernels._lanes import Lane, choose_lane, native
 from rainkernels._tree_errors import ERROR_STRIDE, NO_ERROR, error_of_word
-from rainkernels.errors import LaneError, RangeError
+from rainkernels.errors import DtypeError, LaneError, RangeError
 from rainkernels.reference import tree as reference
 
 __all__ = [
@@ -261,7 +261,13 @@ def _mark(forest: Forest, tree_ids: Tensor, path: Tensor, depth: Tensor, delta: 
     _run(lane, "mark", forest, tree_ids, path, depth, delta)
 
 
+def _check_forest(forest: object) -> None:
+    if not isinstance(forest, Forest):
+        raise DtypeError(f"forest must be a Forest, got {type(forest).__name__}: make one with Forest.create()")
+
+
 def _check_items(forest: Forest, tree_ids: Tensor, **per_item: Tensor | None) -> int:
+    _check_forest(forest)
     check_tensor("tree_ids", tree_ids, device=forest.device, dtype=torch.int32, shape=(None,))
     n = tree_ids.shape[0]
     for name, tensor in per_item.items():
@@ -275,6 +281,7 @@ def _check_path(forest: Forest, path: Tensor, n: int) -> None:
 
 
 def _check_node(forest: Forest, tree_id: int, node: int) -> None:
+    _check_forest(forest)
     if not 0 <= tree_id < forest.num_trees:
         raise RangeError(f"tree_id is {tree_id}, allowed: 0 to {forest.num_trees - 1}")
     if not reference.is_live(forest, tree_id, node):

@@ -73,7 +73,9 @@ def test_requests_lose_their_slots_and_come_back(expected: list[Completion], mon
 
 def test_a_pool_too_small_for_one_request_names_the_need(expected: list[Completion]) -> None:
     decoder = tiny_decoder(kv_tokens=30)
-    with pytest.raises(CapacityError, match=r"holds 30 tokens.*longest branch has \d+.*kv_tokens"):
+    with pytest.raises(
+        CapacityError, match=r"holds 30 tokens.*branches hold \d+ and the next step adds up to \d+.*kv_tokens"
+    ):
         answers(decoder)
     short = ["the"] * 3
     mixed = answers(decoder, [short[0], PROMPTS[0] * 2, short[1], short[2]], errors="return")

@@ -507,3 +507,25 @@ def test_demo_counts_what_the_samples_did() -> None:
 
 def test_demo_refuses_an_empty_request(cli: Cli, llama: str) -> None:
     assert "empty" in refusal(cli("demo", "--model", llama, " "))
+
+
+# ---- outputs that cannot be written -----------------------------------------------------------------------------------
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_sentence(cli: Cli, llama: str) -> None:
+    result = cli("generate", "Hello", "--model", llama, "--max-new-tokens", "1", "--output", "/dev/full")
+    assert "cannot be written" in refusal(result)
+
+
+def test_json_nested_without_end_is_refused(cli: Cli, llama: str, tmp_path: Path) -> None:
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text("[" * 100_000)
+    assert "is not JSON" in refusal(cli("generate", "--file", str(deep), "--model", llama))
+
+
+def test_a_pool_larger_than_memory_is_one_sentence(cli: Cli, llama: str) -> None:
+    result = cli("generate", "Hello", "--model", llama, "--max-new-tokens", "1", "--kv-tokens", str(10**12))
+    assert "does not fit in memory" in refusal(result)
+
+
+def test_stop_ids_outside_the_vocabulary_are_refused(cli: Cli, llama: str) -> None:
+    assert "stop_token_ids" in refusal(cli("generate", "Hello", "--model", llama, "--stop-token-id", "-5"))

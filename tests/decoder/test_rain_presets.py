@@ -314,3 +314,24 @@ def test_both_orders_share_all_tokens_but_the_question() -> None:
     shared = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     assert recorder.forwards == 1
     assert len(recorder.rows) == len(first) + len(second) - shared
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stop": ("",)},
+        {"stop": "abc"},
+        {"embedder": 5},
+        {"value_threshold": float("nan")},
+        {"max_iterations": 1.5},
+        {"set_lengths": (1, 2.5)},
+        {"rollout_stop": None},
+        {"top_k": 2.5},
+        {"expansion_temperature": float("inf")},
+        {"min_visits": -1},
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"RAIN {next(iter(changes))}"):
+        RAIN.preset("town", **changes)

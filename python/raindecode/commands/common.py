@@ -40,6 +40,11 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
         except REPORTED as error:
             complain(str(error))
             raise typer.Exit(EXIT_BAD_INPUT) from error
+        except BrokenPipeError:
+            raise  # the reader went away: typer ends quietly
+        except OSError as error:
+            complain(f"the output cannot be written: {error.strerror or error}")
+            raise typer.Exit(EXIT_BAD_INPUT) from error
         except KeyboardInterrupt as error:
             say("interrupted")
             raise typer.Exit(EXIT_INTERRUPTED) from error

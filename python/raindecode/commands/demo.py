@@ -15,6 +15,7 @@ from raindecode import testbed
 from raindecode.commands.common import load_decoder, printable
 from raindecode.commands.prompts import collect_prompts
 from raindecode.decoder import Decoder
+from raindecode.errors import PromptError
 from raindecode.evaluation import MAX_NEW_TOKENS, SEARCHES
 from raindecode.policy.policy import Policy
 from raindecode.search.rain import RAIN
@@ -45,6 +46,8 @@ def demo(
     """
     started = time.perf_counter()
     own = THIRD if prompt is None else collect_prompts([prompt], None)[0]
+    if not own.strip():
+        raise PromptError("your request is empty; give at least one character that is not white space")
     asked = {
         "a harmful request": HARMFUL,
         "a harmless request in frightening words": BENIGN,

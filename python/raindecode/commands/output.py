@@ -34,6 +34,8 @@ class Output:
     def __init__(
         self, *, samples: int, as_json: bool, silent: bool = False, file: str | None = None, tree: str | None = None
     ) -> None:
+        if sys.stdout is None:
+            raise ConfigError("standard output is closed: give it somewhere to go, such as > answers.txt")
         self._samples = samples
         self._as_json = as_json
         self._silent = silent
@@ -64,13 +66,15 @@ class Output:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.flush()
-        if self._tree_file is not None:
-            with self._tree_file as file:
-                json.dump(self._trees, file)
-                file.write("\n")
-        if self._file is not None:
-            self._file.close()
+        try:
+            self.flush()
+            if self._tree_file is not None:
+                with self._tree_file as file:
+                    json.dump(self._trees, file)
+                    file.write("\n")
+        finally:
+            if self._file is not None:
+                self._file.close()
 
     def _write(self, index: int, completion: Completion | None) -> None:
         if completion is None:

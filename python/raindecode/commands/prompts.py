@@ -61,7 +61,7 @@ def _read(file: str) -> list[str]:
 def _from_json(line: str, where: str) -> str:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # malformed, an absurd number, or nested without end
         raise PromptError(f'{where} is not JSON ({error}); write {{"prompt": "..."}} on every line') from error
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from raindecode.errors import CapacityError
 from rainkernels.ops.attention import AttentionPlan, tree_attention
 from rainkernels.ops.kv import kv_write
 
@@ -32,11 +33,16 @@ class KVPool:
         """Pools of layer `index`; `key` and `value` `[T, num_kv_heads, head_dim]` give shape and dtype at first use."""
         pools = self.layers.get(index)
         if pools is None:
-            pools = self.layers[index] = (
-                torch.zeros(self.num_slots, *key.shape[1:], dtype=key.dtype, device=self.device),
-                torch.zeros(self.num_slots, *value.shape[1:], dtype=value.dtype, device=self.device),
-            )
+            pools = self.layers[index] = (self._zeros(key), self._zeros(value))
         return pools
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        try:
+            return torch.zeros(self.num_slots, *like.shape[1:], dtype=like.dtype, device=self.device)
+        except RuntimeError as error:  # covers torch.OutOfMemoryError
+            raise CapacityError(
+                f"a KV pool of {self.num_slots - 1} tokens does not fit in memory: lower kv_tokens (--kv-tokens)"
+            ) from error
 
     @property
     def bytes_per_token(self) -> int:

@@ -374,10 +374,14 @@ class Engine:
             self._finish(task, error=reason)
 
     def _too_small(self, task: Task) -> CapacityError:
-        longest = max((branch.length for branch in task.ledger.branches), default=0)
+        task.ledger.measure()
+        pending = sum(
+            len(want.branch.pending) for want, got in zip(task.wants, task.answers, strict=True) if got is None
+        )
         return CapacityError(
-            f"the KV pool holds {self.tree.num_slots} tokens, too few for this request alone (its longest branch has {longest}): "
-            "raise kv_tokens (Decoder.from_pretrained(..., kv_tokens=N) or --kv-tokens N), or shorten the prompt"
+            f"the KV pool holds {self.tree.num_slots} tokens, too few for this request alone: its branches hold "
+            f"{task.ledger.kv_tokens_peak} and the next step adds up to {pending}. Raise kv_tokens "
+            "(Decoder.from_pretrained(..., kv_tokens=N) or --kv-tokens N), or shorten the prompt"
         )
 
 

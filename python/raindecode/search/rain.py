@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -11,6 +11,7 @@ from raindecode.policy.prompt import ChatFormat, template
 from raindecode.search.context import SearchContext
 from raindecode.search.embedder import Embedder, HiddenStates
 from raindecode.search.evaluator import Evaluator, JudgeTemplate, ScoreFunction, as_evaluator
+from raindecode.settings import as_strings, is_whole, require_finite, require_whole
 from raindecode.types import Completion
 from rainkernels.ops.tree import TreeConfig
 
@@ -74,10 +75,23 @@ class RAIN:
     def __post_init__(self) -> None:
         object.__setattr__(self, "evaluator", as_evaluator(self.evaluator))
         at_least_one = ("num_samples", "max_tries", "dynamic_tries", "top_k", "first_top_k", "max_iterations")
-        for name in (*at_least_one, "min_new_iterations"):
-            if not getattr(self, name) >= 1:
-                raise ConfigError(f"RAIN {name} is {getattr(self, name)}; allowed: 1 or more")
-        if not self.set_lengths or min(self.set_lengths) < 1 or self.set_lengths[0] != 1:
+        for name in (*at_least_one, "min_new_iterations", "max_children"):
+            require_whole(f"RAIN {name}", getattr(self, name), 1)
+        require_whole("RAIN min_visits", self.min_visits, 0)
+        for name in ("value_threshold", "expansion_temperature"):
+            require_finite(f"RAIN {name}", getattr(self, name))
+        for name in ("rollout_stop", "keep_after_last"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"RAIN {name} is {getattr(self, name)!r}; allowed: a string of characters")
+        if self.embedder is not None and not hasattr(self.embedder, "dimension"):
+            raise ConfigError(
+                f"RAIN embedder is {self.embedder!r}; allowed: None, or an Embedder such as HiddenStates()"
+            )
+        object.__setattr__(self, "stop", as_strings("RAIN stop", self.stop))
+        lengths_ok = (
+            isinstance(self.set_lengths, Sequence) and self.set_lengths and all(map(is_whole, self.set_lengths))
+        )
+        if not lengths_ok or min(self.set_lengths) < 1 or self.set_lengths[0] != 1:
             raise ConfigError(
                 f"RAIN set_lengths is {self.set_lengths}; allowed: positive lengths, the first 1 (the root branches on single tokens)"
             )

@@ -9,8 +9,8 @@ from typing import Any
 from raindecode.engine.rng import name_draw
 from raindecode.engine.sampler import Filter
 from raindecode.engine.types import Draw, Got, Want
-from raindecode.errors import ConfigError
 from raindecode.search.context import SearchContext
+from raindecode.settings import as_strings, as_token_ids
 from raindecode.text import TextStream, find_stop
 from raindecode.types import Completion, FinishReason, TokenLogprob
 
@@ -43,12 +43,8 @@ class Sampling:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            raise ConfigError(f"stop is the string {self.stop!r}; give a tuple of strings, such as ({self.stop!r},)")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        if any(not isinstance(s, str) or not s for s in self.stop):
-            raise ConfigError(f"stop holds {self.stop!r}; allowed: non-empty strings")
+        object.__setattr__(self, "stop", as_strings("stop", self.stop))
+        object.__setattr__(self, "stop_token_ids", as_token_ids("stop_token_ids", self.stop_token_ids))
         self.filter()
 
     @classmethod
