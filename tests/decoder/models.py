@@ -131,9 +131,9 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
 
 
 def stock_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as transformers has it. Taken before an engine switches the attention of the original."""
+    """The model as transformers defines it: eager attention. Taken before an engine switches that of the original."""
     twin = copy.deepcopy(model)
-    twin.config = copy.deepcopy(model.config)
+    twin.set_attn_implementation("eager")
     return twin
 
 

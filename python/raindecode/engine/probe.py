@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,13 @@ _ROW_COUNTS = (1, 2, 3, 5, 8, 13, 33, 64)
 
 
 def stock_logits(model: PreTrainedModel) -> list[LogitsRow]:
-    """Logits of the unmodified model after the probe's sequences, computed before its attention is switched."""
+    """Logits of the unmodified model after the probe's sequences, computed before its attention is switched.
+
+    Eager attention is the definition: other implementations leave out what they cannot do, such as the soft-cap of Gemma 2
+    under scaled_dot_product_attention (seen with transformers 5.17).
+    """
+    with suppress(ValueError, NotImplementedError, ImportError):  # a model without it keeps its own
+        model.set_attn_implementation("eager")
     with torch.inference_mode():
         return [
             model(input_ids=torch.tensor([sequence], device=model.device), use_cache=False)
