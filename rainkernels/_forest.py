@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rainkernels._checks import check_tensor
+from rainkernels._forest_checks import check_contents
 from rainkernels._lanes import native
 from rainkernels.errors import DtypeError, RangeError, ShapeError
 
@@ -159,14 +160,42 @@ class Forest:
 
     Each expansion owns a row of `max_children` slots; a node is named by its slot, `row * max_children + k`. A new tree's
     root is slot 0. Slots stay valid across re-rooting and growing, so they can key caches kept elsewhere.
+
+    Forest(config, tensors) takes over tensors of another forest of that config and checks their contents (on cuda this
+    waits for the stream, and is left out during stream capture); `create`, `clone` and `grown` need no such check.
+
+    Raises:
+        DeviceError, DtypeError, ShapeError, StrideError, RangeError: naming the field.
     """
 
     def __init__(self, config: TreeConfig, tensors: Sequence[Tensor]) -> None:
+        self._adopt(config, tensors)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
+        check_contents(
+            {name: t for (name, _), t in zip(FIELDS, self.tensors, strict=True)},
+            max_rows=config.max_rows,
+            max_children=config.max_children,
+            max_embeddings=config.max_embeddings,
+            max_depth=config.max_depth,
+            none=NONE,
+            pinned=PINNED_ROW,
+        )
+
+    @classmethod
+    def _trusted(cls, config: TreeConfig, tensors: Sequence[Tensor]) -> Forest:
+        """A forest of tensors this class has made itself, whose contents need no check."""
+        forest = cls.__new__(cls)
+        forest._adopt(config, tensors)
+        return forest
+
+    def _adopt(self, config: TreeConfig, tensors: Sequence[Tensor]) -> None:
         if len(tensors) != len(FIELDS):
             raise ShapeError(f"a forest has {len(FIELDS)} fields, got {len(tensors)}")
         self.config = config
         self.tensors: tuple[Tensor, ...] = tuple(tensors)
         visits = self.tensors[0]
+        check_tensor(FIELDS[0][0], visits, shape=(None, config.num_slots))
         if visits.dtype not in (torch.float32, torch.float64):
             raise DtypeError(f"a forest holds float32 or float64 values, got {visits.dtype}")
         self.num_trees = visits.shape[0]
@@ -203,12 +232,15 @@ class Forest:
         for _, kind in FIELDS:
             shape, name = kind.rsplit(" ", 1)
             tensors.append(torch.zeros((num_trees, *config.field_shape(shape)), dtype=dtypes[name], device=device))
-        forest = cls(config, tensors)
+        forest = cls._trusted(config, tensors)
         forest._clear(torch.arange(num_trees, device=forest.device))
         return forest
 
     def field(self, name: str) -> Tensor:
-        """The tensor of a field, `[num_trees, ...]`; see FIELDS. Write to it only through the ops."""
+        """The tensor of a field, `[num_trees, ...]`; see FIELDS. For reading: the ops alone may write.
+
+        The ops follow the indices in it without looking, so what they do after a write through it is undefined.
+        """
         return self.tensors[[n for n, _ in FIELDS].index(name)]
 
     def reset(self, tree_ids: Tensor) -> None:
@@ -232,7 +264,7 @@ class Forest:
 
     def clone(self) -> Forest:
         """An independent copy."""
-        return Forest(self.config, [t.clone() for t in self.tensors])
+        return Forest._trusted(self.config, [t.clone() for t in self.tensors])
 
     def grown(
         self,

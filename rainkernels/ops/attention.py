@@ -23,13 +23,9 @@ _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RULES = ("", "indptr", "parent", "start", "slot", "row_segment", "row_position")
 # The tensors of a plan in the order of its checks, each with the one before it that has the same length.
 _PLAN_TENSORS: dict[str, str | None] = {
-    "segment_parent": None,
-    "segment_start": "segment_parent",
-    "segment_slots_indptr": None,
-    "slots": None,
-    "row_segment": None,
-    "row_position": "row_segment",
-}
+    "segment_parent": None, "segment_start": "segment_parent", "segment_slots_indptr": None, "slots": None,
+    "row_segment": None, "row_position": "row_segment",
+}  # fmt: skip
 _RULE_TEXT = {
     "indptr": "segment_slots_indptr[{i}] breaks the rule: it must start at 0, never decrease and end at len(slots)",
     "parent": "segment_parent[{i}] must be -1 (a root) or the index of an earlier segment: parents before children",
@@ -93,11 +89,7 @@ class AttentionPlan:
                 f"AttentionPlan has {self.num_rows} rows and {self.num_segments} segments, but tensors for "
                 f"{self.row_segment.shape[0]} and {self.segment_parent.shape[0]}: use attention_plan()"
             )
-        if self.segment_slots_indptr.shape[0] != self.num_segments + 1:
-            raise ShapeError(
-                f"segment_slots_indptr has {self.segment_slots_indptr.shape[0]} entries, "
-                f"expected num_segments + 1 = {self.num_segments + 1}"
-            )
+        check_tensor("segment_slots_indptr", self.segment_slots_indptr, shape=(self.num_segments + 1,))
         # Copied first and checked then: nobody can change a checked slot afterwards.
         for name in _PLAN_TENSORS:
             object.__setattr__(self, name, getattr(self, name).clone())
@@ -128,10 +120,7 @@ def _check_unchanged(plan: AttentionPlan) -> None:
     """Before a layout is built from the tensors: a write to them since must not lead a kernel out of the pools."""
     max_slot = _checked_max_slot(plan)
     if max_slot > plan.max_slot:
-        raise RangeError(
-            f"plan.slots names slot {max_slot}, at most {plan.max_slot} when the plan was made: its tensors must not be "
-            "changed, make a new one with attention_plan()"
-        )
+        raise RangeError(f"plan.slots was changed and names slot {max_slot}: make a new plan with attention_plan()")
 
 
 def attention_plan(
