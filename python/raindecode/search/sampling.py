@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from raindecode.engine.rng import name_draw
@@ -54,10 +54,6 @@ class Sampling:
 
     def filter(self) -> Filter:
         return Filter(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
-
-    def with_stop(self, stop: tuple[str, ...]) -> Sampling:
-        """The same with more stop strings."""
-        return replace(self, stop=tuple(dict.fromkeys(self.stop + stop)))
 
     def search(self, context: SearchContext) -> Generator[list[Want], list[Got], Completion]:
         """Decode one request."""
