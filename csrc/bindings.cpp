@@ -11,6 +11,8 @@ namespace py = pybind11;
 void bind_tree(py::module_& m);
 void bind_kv(py::module_& m);
 void bind_attention(py::module_& m);
+void bind_logits(py::module_& m);
+void bind_edits(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "rainkernels native lanes. Takes raw addresses: call it through rainkernels.ops, which checks them.";
@@ -30,4 +32,6 @@ PYBIND11_MODULE(_C, m) {
   bind_tree(m);
   bind_kv(m);
   bind_attention(m);
+  bind_logits(m);
+  bind_edits(m);
 }

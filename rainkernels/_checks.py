@@ -10,6 +10,8 @@ from torch import Tensor
 from rainkernels.errors import DeviceError, DtypeError, ShapeError, StrideError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Order shared with csrc/include/rainkernels/dtypes.h.
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DEVICE_TYPES = ("cpu", "cuda")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import os
 from types import ModuleType
 from typing import Literal
@@ -14,11 +16,13 @@ from rainkernels.errors import LaneError
 Lane = Literal["reference", "cpu", "cuda", "triton"]
 LANES: tuple[Lane, ...] = ("reference", "cpu", "cuda", "triton")
 
-# Lanes each family has, besides "reference". The first that fits the device wins.
+# Lanes each family has, besides "reference". The first that fits the device wins. Triton on cpu tensors is its interpreter.
 FAMILY_LANES: dict[str, dict[str, tuple[Lane, ...]]] = {
     "tree": {"cpu": ("cpu",), "cuda": ("cuda",)},
     "kv": {"cpu": ("cpu",), "cuda": ("cuda",)},
-    "attention": {"cpu": ("cpu",), "cuda": ()},
+    "attention": {"cpu": ("cpu", "triton"), "cuda": ("triton",)},
+    "logits": {"cpu": ("cpu", "triton"), "cuda": ("triton",)},
+    "edits": {"cpu": ("cpu", "triton"), "cuda": ("triton",)},
 }
 
 
@@ -46,6 +50,12 @@ def has_native() -> bool:
     return True
 
 
+@functools.cache
+def has_triton() -> bool:
+    """True when the package triton is installed. Looked up once, not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def choose_lane(family: str, device: torch.device) -> Lane:
     """The lane an op of `family` takes for tensors on `device`.
 
@@ -59,6 +69,13 @@ def choose_lane(family: str, device: torch.device) -> Lane:
             raise LaneError(f"RAINKERNELS_LANE={forced!r}: allowed are {', '.join(LANES)}")
         if forced == "reference":
             return "reference"
+        if forced == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise LaneError(
+                "RAINKERNELS_LANE=triton: cpu tensors reach Triton through its interpreter only: start the process with "
+                "TRITON_INTERPRET=1, or use cuda tensors"
+            )
+        if forced == "triton" and not has_triton():
+            raise LaneError("RAINKERNELS_LANE=triton: the package triton is not installed: pip install triton")
         for lane in usable:
             if lane == forced:
                 return lane
@@ -68,6 +85,8 @@ def choose_lane(family: str, device: torch.device) -> Lane:
         )
     for lane in usable:
         if lane == "cuda" and not native().has_cuda:
+            continue
+        if lane == "triton" and not has_triton():
             continue
         return lane
     return "reference"

@@ -2,7 +2,7 @@
 // not touch the order in which one score or one output element is summed.
 #pragma once
 
-#include "cpu/attention_simd.h"
+#include "cpu/simd.h"
 
 namespace rainkernels {
 namespace RK_ISA {

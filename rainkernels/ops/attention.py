@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from rainkernels._checks import FLOATS, check_tensor
+from rainkernels._checks import DTYPE_CODE, FLOATS, check_tensor
 from rainkernels._lanes import choose_lane, native
 from rainkernels.errors import DtypeError, RangeError, ShapeError, StrideError
 from rainkernels.reference import attention as reference
@@ -18,7 +18,6 @@ from rainkernels.reference import attention as reference
 __all__ = ["AttentionPlan", "MergedState", "attention_plan", "merge_state", "tree_attention"]
 
 _CPU = torch.device("cpu")
-_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Order shared with csrc/include/rainkernels/attention.h (enum PlanRule).
 _RULES = ("", "indptr", "parent", "start", "slot", "row_segment", "row_position")
 # The tensors of a plan in the order of its checks, each with the one before it that has the same length.
@@ -257,7 +256,7 @@ def _prepare(
         return _Call(None, out_shape, lse_shape, 0, ())
     layout = _layout(plan, num_qo_heads // num_kv_heads)
     sizes = (layout.data_ptr(), num_qo_heads, num_kv_heads, head_dim, head_dim_v, threads)
-    arguments = (q.stride(0), q.stride(1), _DTYPE_CODE[q.dtype], float(scale), float(softcap), int(window), *sizes)
+    arguments = (q.stride(0), q.stride(1), DTYPE_CODE[q.dtype], float(scale), float(softcap), int(window), *sizes)
     return _Call(native().attention_cpu, out_shape, lse_shape, native().attention_workspace_floats(*sizes), arguments)
 
 
@@ -346,7 +345,7 @@ def merge_state(
     v, lse = (torch.empty_like(v_a), torch.empty_like(lse_a)) if out is None else out
     native().merge_state_cpu(
         v_a.data_ptr(), lse_a.data_ptr(), v_b.data_ptr(), lse_b.data_ptr(), v.data_ptr(), lse.data_ptr(),
-        shape[0] * shape[1], shape[2], _DTYPE_CODE[v_a.dtype], torch.get_num_threads(),
+        shape[0] * shape[1], shape[2], DTYPE_CODE[v_a.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return MergedState(v, lse)
 

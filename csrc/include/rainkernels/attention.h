@@ -6,16 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "rainkernels/common.h"
-
-// Internal linkage: the same function is compiled for several instruction sets, and the linker must not pick one for
-// all.
-#define RK_LOCAL static RK_INLINE
-#if defined(__GNUC__)
-#define RK_ALWAYS __attribute__((always_inline))
-#else
-#define RK_ALWAYS
-#endif
+#include "rainkernels/dtypes.h"
 
 namespace rainkernels {
 
@@ -26,7 +17,6 @@ constexpr int kKeyTile = 64;
 constexpr int kScoreStride = kChunk + kKeyTile;
 
 enum class PlanRule : int { ok = 0, indptr, parent, start, slot, row_segment, row_position };
-enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 // A run of keys at consecutive positions inside one chunk, seen by the local rows [row_lo, row_hi) of one block.
 struct PlanEntry {
@@ -99,44 +89,6 @@ static inline int64_t scratch_floats(int max_block_rows, int group, int head_dim
 // Floats of one (block, chunk, KV head) partial: m rows of accumulators, then m maxima, then m sums.
 static inline int64_t part_floats(int64_t m, int head_dim_v) {
   return m * (round_up_16(head_dim_v) + 2);
-}
-
-RK_LOCAL uint32_t float_bits(float x) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  return u;
-}
-
-RK_LOCAL float bits_float(uint32_t u) {
-  float x;
-  memcpy(&x, &u, 4);
-  return x;
-}
-
-RK_LOCAL float bf16_to_float(uint16_t h) {
-  return bits_float(uint32_t{h} << 16);
-}
-
-RK_LOCAL uint16_t float_to_bf16(float x) {
-  const uint32_t u = float_bits(x);
-  if (x != x) return static_cast<uint16_t>((u >> 16) | 0x40);
-  return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-
-RK_LOCAL float f16_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t{h & 0x8000u} << 16, body = uint32_t{h & 0x7fffu} << 13;
-  if (body >= 0x0f800000u) return bits_float(sign | body | 0x7f800000u);  // infinity, NaN
-  return bits_float(sign | float_bits(bits_float(body) * 0x1p112f));
-}
-
-RK_LOCAL uint16_t float_to_f16(float x) {
-  const uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000u, body = u & 0x7fffffffu;
-  if (body > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (body >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
-  if (body < 0x38800000u) {  // below the smallest normal: adding 0.5 leaves the wanted bits at the bottom, rounded
-    return static_cast<uint16_t>(sign | (float_bits(bits_float(body) + 0.5f) - 0x3f000000u));
-  }
-  return static_cast<uint16_t>(sign | ((body - 0x38000000u + 0xfff + ((body >> 13) & 1)) >> 13));
 }
 
 // Weights of two partials in the merge: w_a + w_b = 1 unless both are empty.

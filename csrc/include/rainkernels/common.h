@@ -16,3 +16,12 @@
 #else
 #define RK_RESTRICT __restrict__
 #endif
+
+// Internal linkage: the same function is compiled for several instruction sets, and the linker must not pick one for
+// all.
+#define RK_LOCAL static RK_INLINE
+#if defined(__GNUC__)
+#define RK_ALWAYS __attribute__((always_inline))
+#else
+#define RK_ALWAYS
+#endif

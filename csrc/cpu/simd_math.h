@@ -1,8 +1,8 @@
-// Loads, stores and functions of sixteen lanes, written once in terms of attention_simd.h. Coefficients are
+// Loads, stores and functions of sixteen lanes, written once in terms of simd.h. Coefficients are
 // least-maximum fits over the stated ranges; every step is one IEEE operation, so all instruction sets agree.
 #pragma once
 
-#include "cpu/attention_simd.h"
+#include "cpu/simd.h"
 
 namespace rainkernels {
 namespace RK_ISA {

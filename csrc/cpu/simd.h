@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #endif
 
-#include "rainkernels/attention.h"
+#include "rainkernels/dtypes.h"
 
 namespace rainkernels {
 namespace RK_ISA {

@@ -1,0 +1,1 @@
+// edits on the CPU.   Reference: rainkernels/reference/edits.py

@@ -1,0 +1,1 @@
+// logits on the CPU.   Reference: rainkernels/reference/logits.py
