@@ -10,12 +10,12 @@ import pytest
 # Some virtual machines announce AMX and die on its first instruction, in any bfloat16 product of plain torch. No test needs it.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
-# Triton decides at import whether it interprets: these tests run in processes of their own, started by test_triton.py.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
-
 # Imported before any test makes a matrix product: importing it asks MKL for reproducible results.
 import raindecode  # noqa: F401
 from raindecode.engine.engine import LIVE_ENGINES
+
+# Triton decides at import whether it interprets: these tests run in processes of their own, started by test_triton.py.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
 
 @pytest.fixture(autouse=True)
