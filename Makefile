@@ -17,7 +17,7 @@ TORCH_STAMP := $(VENV)/.torch
 OLD_TRITON := $(VENV)/.triton-3.6
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-slow lint format build wheel bench clean help
+.PHONY: demo test test-slow test-asan lint format build wheel bench clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -29,7 +29,10 @@ test: $(STAMP) $(OLD_TRITON) ## every test that needs no GPU
 	@$(PY) -m pytest tests
 
 test-slow: $(STAMP) $(OLD_TRITON) ## the long sweeps as well
-	@$(PY) -m pytest tests -m "slow or not slow"
+	@RAINKERNELS_FUZZ_CASES=2000 $(PY) -m pytest tests -m "slow or not slow"
+
+test-asan: $(STAMP) ## the kernels' tests and 2,000 fuzzed calls of each op on a C++ lane with AddressSanitizer
+	@RAINKERNELS_FUZZ_CASES=2000 $(PY) -m pytest tests/kernels/test_asan.py -m "slow or not slow" -s
 
 lint: $(STAMP) ## ruff, mypy (strict), clang-format
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

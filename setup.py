@@ -32,6 +32,10 @@ class CMakeBuild(build_ext):
             raise SystemExit(
                 f"RAINKERNELS_CUDA={cuda!r}: allowed are 0 (leave CUDA out), 1 (require it) and auto (the default)."
             )
+        sanitize = os.environ.get("RAINKERNELS_SANITIZE", "").lower()
+        if sanitize not in {"", "address"}:
+            raise SystemExit(f"RAINKERNELS_SANITIZE={sanitize!r}: allowed are address and nothing (the default).")
+        build_type = "Debug" if self.debug else "RelWithDebInfo" if sanitize else "Release"
         configure = [
             *cmake_command(),
             "-S",
@@ -40,9 +44,10 @@ class CMakeBuild(build_ext):
             str(tree),
             "-G",
             "Ninja",
-            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCMAKE_BUILD_TYPE={build_type}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DRAINKERNELS_CUDA={cuda}",
+            f"-DRAINKERNELS_SANITIZE={sanitize}",
             f"-DRAINKERNELS_VERSION={self.distribution.get_version()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
         ]

@@ -42,6 +42,8 @@ def check_tensor(
             raise ShapeError(f"{name} has rank {t.dim()} (shape {list(t.shape)}), expected shape {_show(shape)}")
         if any(want is not None and want != got for want, got in zip(shape, t.shape, strict=True)):
             raise ShapeError(f"{name} has shape {list(t.shape)}, expected {_show(shape)}")
+    if t.layout != torch.strided:
+        raise StrideError(f"{name} has layout {t.layout}, expected plain memory: call .to_dense()")
     # The kernels read memory as it lies; a lazy view holds the values before the sign change.
     if t.is_neg() or t.is_conj():
         raise StrideError(

@@ -190,6 +190,8 @@ class Forest:
         return forest
 
     def _adopt(self, config: TreeConfig, tensors: Sequence[Tensor]) -> None:
+        if not isinstance(tensors, list | tuple):
+            raise DtypeError(f"a forest's fields must be a list of tensors, got {type(tensors).__name__}")
         if len(tensors) != len(FIELDS):
             raise ShapeError(f"a forest has {len(FIELDS)} fields, got {len(tensors)}")
         self.config = config

@@ -51,14 +51,36 @@ _MESSAGES: dict[TreeError, str] = {
     TreeError.IS_ROOT: "the slot is the root already",
     TreeError.MARK: "the path is not marked as in flight",
 }
+# The argument at fault, and where ops differ, that of the op.
+_ARGUMENTS: dict[TreeError, str | dict[str, str]] = {
+    TreeError.TREE_ID: "tree_ids",
+    TreeError.NODE: {"expand": "nodes", "add_child": "nodes", "reroot": "slots"},
+    TreeError.EXPANDED: "nodes",
+    TreeError.NOT_EXPANDED: "nodes",
+    TreeError.CHILD_COUNT: "num_children",
+    TreeError.PRIOR: {"expand": "priors", "add_child": "prior"},
+    TreeError.SET_LENGTH: "set_length",
+    TreeError.DEPTH: "depth",
+    TreeError.PATH: "path",
+    TreeError.VALUE: "value",
+    TreeError.EMBEDDING_ROWS: "embedding",
+    TreeError.EMBEDDING: "embedding",
+    TreeError.SKIP_NODE: "skip_node",
+    TreeError.DUPLICATE: {"expand": "nodes", "reroot": "tree_ids"},
+    TreeError.IN_FLIGHT: "tree_ids",
+    TreeError.IS_ROOT: "slots",
+    TreeError.MARK: "path",
+}
 _VALUE_ERRORS = {TreeError.CHILD_COUNT, TreeError.EMBEDDING_ROWS}
 
 
 def tree_error(op: str, code: int, item: int, given: str = "") -> RainKernelsError:
     """The typed error for item `item` of a call of `op`; `given` shows the item's arguments."""
     reason = TreeError(code)
+    argument = _ARGUMENTS[reason]
+    name = argument if isinstance(argument, str) else argument[op]
     kind = ShapeError if reason in _VALUE_ERRORS else RangeError
-    return kind(f"{op}: item {item}{f' ({given})' if given else ''}: {_MESSAGES[reason]}")
+    return kind(f"{op}: {name}, item {item}{f' ({given})' if given else ''}: {_MESSAGES[reason]}")
 
 
 def error_of_word(op: str, word: int, given: str = "") -> RainKernelsError:

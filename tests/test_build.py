@@ -48,3 +48,11 @@ def test_the_build_refuses_an_unknown_cuda_setting(tmp_path: Path) -> None:
     done = run(sys.executable, *build, tmp_path=tmp_path, RAINKERNELS_CUDA="maybe")
     assert done.returncode != 0
     assert "allowed are 0 (leave CUDA out), 1 (require it) and auto" in done.stderr
+
+
+def test_the_build_refuses_an_unknown_sanitizer(tmp_path: Path) -> None:
+    build = ("setup.py", "-q", "build_ext", "--build-temp", str(tmp_path / "t"), "--build-lib", str(tmp_path / "l"))
+    (tmp_path / "c++").symlink_to("/bin/true")
+    done = run(sys.executable, *build, tmp_path=tmp_path, RAINKERNELS_SANITIZE="thread")
+    assert done.returncode != 0
+    assert "RAINKERNELS_SANITIZE='thread': allowed are address and nothing" in done.stderr

@@ -40,7 +40,7 @@ def kv_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping:
             k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device,
             k_pool.shape, k_pool.dtype, k_pool.device, k_pool.is_contiguous(), v_pool.shape, v_pool.dtype, v_pool.device,
             v_pool.is_contiguous(), slot_mapping.shape, slot_mapping.dtype, slot_mapping.device, slot_mapping.is_contiguous(),
-            k.is_neg(), v.is_neg(), k_pool.is_neg(), v_pool.is_neg(), slot_mapping.is_neg(),
+            k.is_neg(), v.is_neg(), k_pool.is_neg(), v_pool.is_neg(), slot_mapping.is_neg(), k.layout, v.layout,
         )  # fmt: skip
         known = signature in _CHECKED
     except (AttributeError, TypeError):  # not a tensor: the checks say which

@@ -71,7 +71,7 @@ def select(forest: Forest, tree_ids: Tensor, skip_node: Tensor | None = None) ->
     Raises: DeviceError, DtypeError, ShapeError, StrideError; RangeError for an item's tree or skip_node.
     Source: RAIN, official procedure (docs/methods/rain.md); in-flight counts: WU-UCT.
     """
-    n = _check_items(forest, tree_ids, skip_node=skip_node)
+    n = _check_items(forest, tree_ids) if skip_node is None else _check_items(forest, tree_ids, skip_node=skip_node)
     lane = choose_lane("tree", forest.device)
     if lane == "reference":
         return reference.select(forest, tree_ids, skip_node)
@@ -122,6 +122,8 @@ def add_child(forest: Forest, tree_ids: Tensor, nodes: Tensor, prior: Tensor, *,
     """
     n = _check_items(forest, tree_ids, nodes=nodes)
     check_tensor("prior", prior, device=forest.device, dtype=forest.dtype, shape=(n,))
+    if not isinstance(mix, bool):
+        raise DtypeError(f"mix must be True or False, got {type(mix).__name__}")
     lane = choose_lane("tree", forest.device)
     if lane == "reference":
         return reference.add_child(forest, tree_ids, nodes, prior, mix=mix)
@@ -223,6 +225,7 @@ def children(forest: Forest, tree_id: int, node: int) -> NodeStats:
     """Statistics of the children of `node`, in insertion order; empty for a leaf.
 
     Raises:
+        DtypeError: one of them is no int.
         RangeError: `tree_id` or `node` does not exist.
     """
     _check_node(forest, tree_id, node)
@@ -232,15 +235,19 @@ def children(forest: Forest, tree_id: int, node: int) -> NodeStats:
     return _stats(forest, tree_id, list(range(first, first + size)))
 
 
-def node_stats(forest: Forest, tree_id: int, nodes: list[int]) -> NodeStats:
+def node_stats(forest: Forest, tree_id: int, nodes: list[int] | tuple[int, ...]) -> NodeStats:
     """Statistics of some nodes of one tree.
 
     Raises:
+        DtypeError: `nodes` is no list, or it or `tree_id` is not of ints.
         RangeError: `tree_id` or a node does not exist.
     """
+    _check_forest(forest)
+    if not isinstance(nodes, list | tuple):
+        raise DtypeError(f"nodes must be a list of ints, got {type(nodes).__name__}")
     for node in nodes:
         _check_node(forest, tree_id, node)
-    return _stats(forest, tree_id, nodes)
+    return _stats(forest, tree_id, list(nodes))
 
 
 def _stats(forest: Forest, tree_id: int, slots: list[int]) -> NodeStats:
@@ -266,13 +273,12 @@ def _check_forest(forest: object) -> None:
         raise DtypeError(f"forest must be a Forest, got {type(forest).__name__}: make one with Forest.create()")
 
 
-def _check_items(forest: Forest, tree_ids: Tensor, **per_item: Tensor | None) -> int:
+def _check_items(forest: Forest, tree_ids: Tensor, **per_item: Tensor) -> int:
     _check_forest(forest)
     check_tensor("tree_ids", tree_ids, device=forest.device, dtype=torch.int32, shape=(None,))
     n = tree_ids.shape[0]
     for name, tensor in per_item.items():
-        if tensor is not None:
-            check_tensor(name, tensor, device=forest.device, dtype=torch.int32, shape=(n,))
+        check_tensor(name, tensor, device=forest.device, dtype=torch.int32, shape=(n,))
     return n
 
 
@@ -282,12 +288,15 @@ def _check_path(forest: Forest, path: Tensor, n: int) -> None:
 
 def _check_node(forest: Forest, tree_id: int, node: int) -> None:
     _check_forest(forest)
+    for name, value in (("tree_id", tree_id), ("node", node)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise DtypeError(f"{name} must be an int, got {type(value).__name__}")
     if not 0 <= tree_id < forest.num_trees:
         raise RangeError(f"tree_id is {tree_id}, allowed: 0 to {forest.num_trees - 1}")
     if not reference.is_live(forest, tree_id, node):
         root = int(forest.field("header")[tree_id, HEADER_ROOT])
         raise RangeError(
-            f"slot {node} is no node of tree {tree_id} (its root is {root}): it was never made or was freed"
+            f"node is slot {node}, which is no node of tree {tree_id} (its root is {root}): it was never made or was freed"
         )
 
 

@@ -182,3 +182,15 @@ def test_other_devices_are_refused() -> None:
     state = torch.zeros(2, 4, device="meta")
     with pytest.raises(DeviceError, match="meta"):
         merge_state(pool[:2], state[:, :2], pool[:2], state[:, :2])
+
+
+def test_sparse_tensors_are_refused_even_after_a_dense_call_of_their_shape() -> None:
+    k, slots = torch.ones(2, 1, 4), ints(0, 1)
+    pools = torch.zeros(3, 1, 4), torch.zeros(3, 1, 4)
+    kv_write(k, k, *pools, slots)
+    with pytest.raises(StrideError, match=r"k has layout torch\.sparse_coo"):
+        kv_write(k.to_sparse(), k, *pools, slots)
+    with pytest.raises(StrideError, match=r"v has layout torch\.sparse_coo"):
+        kv_write(k, k.to_sparse(), *pools, slots)
+    with pytest.raises(StrideError, match=r"src has layout torch\.sparse_coo"):
+        kv_copy(*pools, slots.to_sparse(), slots)

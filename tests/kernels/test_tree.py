@@ -443,6 +443,14 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, object]]:
         "expand-nowhere": (RangeError, "no node", lambda f: expand(f, node=99)),
         "expand-negative": (RangeError, "no node", lambda f: expand(f, node=-1)),
         "expand-spare-slot": (RangeError, "no node", lambda f: expand(f, node=7)),
+        "expand-no-count": (
+            DtypeError,
+            "num_children",
+            lambda f: tree.expand(f, ok, ints([4]), half, None, ints([1])),  # type: ignore[arg-type]
+        ),
+        "add-mix": (DtypeError, "mix", lambda f: tree.add_child(f, ok, ints([0]), one, mix=1)),  # type: ignore[arg-type]
+        "stats-bool": (DtypeError, "tree_id", lambda f: tree.children(f, True, 0)),
+        "stats-no-list": (DtypeError, "nodes", lambda f: tree.node_stats(f, 0, 4)),  # type: ignore[arg-type]
         "expand-none": (ShapeError, "num_children", lambda f: expand(f, k=0)),
         "expand-too-many": (ShapeError, "num_children", lambda f: expand(f, k=3)),
         "expand-wide": (ShapeError, "num_children", lambda f: expand(f, p=torch.full((1, 9), 0.1), k=9)),
