@@ -386,7 +386,8 @@ def _run(
     if word != NO_ERROR:
         item = word // ERROR_STRIDE
         shown = [f"tree {int(tree_ids[item])}"]
-        shown += [str(a[item].tolist()) for a in arguments[:1] if isinstance(a, Tensor)]
+        inputs = () if op == "best_child" else arguments[:1]  # of best_child all are outputs, not written yet
+        shown += [str(a[item].tolist()) for a in inputs if isinstance(a, Tensor)]
         raise error_of_word(op, word, ", ".join(shown))
 
 
