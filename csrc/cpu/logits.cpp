@@ -23,7 +23,7 @@ class Scratch {
  public:
   void reserve(int rows, int tiles, int models) {
     const int64_t width = int64_t{tiles} * kLogitsTile;
-    row_floats_ = 4 * width + int64_t{tiles} * (kLogitsTile / 16 + 5 + stat_floats(models)) + 64;
+    row_floats_ = 6 * width + int64_t{tiles} * (kLogitsTile / 16 + 5 + stat_floats(models)) + 64;
     const int64_t wanted = rows * row_floats_;
     // Not touched here: candidates seldom need their whole room.
     if (wanted > size_) {
@@ -53,6 +53,7 @@ class Scratch {
     s.stats = take(int64_t{tiles_} * stat_floats(models_));
     s.value = take(width);
     s.mass = take(width);
+    s.spare = take(2 * width);
     s.id = reinterpret_cast<int32_t*>(take(width));
     s.ranks = reinterpret_cast<RankTile*>(s.stats);
     return s;

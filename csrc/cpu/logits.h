@@ -49,6 +49,7 @@ struct RowScratch {
   float* stats;      // [tiles * stat_floats]
   float* value;      // [tiles * kLogitsTile] candidates in id order
   float* mass;       // [tiles * kLogitsTile]
+  float* spare;      // [2 * tiles * kLogitsTile]
   int32_t* id;       // [tiles * kLogitsTile]
   RankTile* ranks;   // [tiles], in place of `stats`
 };

@@ -24,30 +24,25 @@ struct Cut {
   int64_t equals;  // how many of that score, by id
 };
 
-// The shortest prefix of the order whose weight is at least `target`; weights null: each counts one.
-inline Cut find_cut(const float* score, const float* weight, int n, double target) {
-  constexpr int kBits[3] = {11, 11, 10};
-  double sums[2048];
-  int64_t counts[2048];
+// The shortest prefix of the order whose weight is at least `target`, `above` being there already; weights null: each
+// counts one. Where rounding leaves the target out of reach, everything.
+inline Cut find_cut(const float* score, const float* weight, int n, double target, double above = 0) {
+  double sums[256];
+  int64_t counts[256];
   uint32_t prefix = 0;
-  double above = 0;
-  int shift = 32;
-  for (int level = 0; level < 3; ++level) {
-    const int bits = kBits[level], size = 1 << bits;
-    std::memset(sums, 0, sizeof(double) * size);
-    std::memset(counts, 0, sizeof(int64_t) * size);
-    shift -= bits;
+  for (int shift = 24;; shift -= 8) {
+    std::memset(sums, 0, sizeof(sums));
+    std::memset(counts, 0, sizeof(counts));
     for (int i = 0; i < n; ++i) {
       const uint32_t key = ordered_bits(score[i]);
-      if (level > 0 && (key >> shift >> bits) != prefix) continue;
-      const uint32_t bin = (key >> shift) & (size - 1);
+      if (shift < 24 && (key >> shift >> 8) != prefix) continue;
+      const uint32_t bin = (key >> shift) & 255;
       sums[bin] += weight == nullptr ? 1.0 : weight[i];
       ++counts[bin];
     }
-    // Where rounding leaves the target out of reach, the lowest bin that holds something.
-    int at = -1;
+    int at = 0;
     double before = above;
-    for (int bin = size - 1; bin >= 0; --bin) {
+    for (int bin = 255; bin >= 0; --bin) {
       if (counts[bin] == 0) continue;
       at = bin;
       before = above;
@@ -55,15 +50,50 @@ inline Cut find_cut(const float* score, const float* weight, int n, double targe
       above += sums[bin];
     }
     above = before;
-    prefix = prefix << bits | static_cast<uint32_t>(at);
-    if (level == 2) {
+    prefix = prefix << 8 | static_cast<uint32_t>(at);
+    if (shift == 0) {
       const double each = sums[at] / static_cast<double>(counts[at]);
       const double wanted = each > 0 ? std::ceil((target - above) / each) : 1.0;
       const double most = static_cast<double>(counts[at]);
       return {prefix, static_cast<int64_t>(std::min(std::max(wanted, 1.0), most))};
     }
   }
-  return {0, n};
+}
+
+// The same by mass for many scores: bins of equal width find a short stretch of the order, and bits cut inside it.
+inline Cut find_cut_of_many(const float* score, const float* mass, int n, double target, float top, float* spare) {
+  constexpr int kBins = 2048;
+  double sums[kBins] = {};
+  int32_t counts[kBins] = {};
+  float lowest = top;
+  for (int i = 0; i < n; ++i) lowest = std::min(lowest, score[i]);
+  const float per_bin = (kBins - 1) / (top - lowest);
+  // Increases with the score and is the same for equals, so the cut lies in the bin where the sum passes the target.
+  const auto bin_of = [&](float x) { return kBins - 1 - static_cast<int>((top - x) * per_bin); };
+  // Scores all alike, or so far apart that the bins say nothing.
+  if (!(per_bin > 0 && per_bin < std::numeric_limits<float>::max())) return find_cut(score, mass, n, target);
+  for (int i = 0; i < n; ++i) {
+    const int bin = bin_of(score[i]);
+    sums[bin] += mass[i];
+    ++counts[bin];
+  }
+  double above = 0, before = 0;
+  int at = 0;
+  for (int bin = kBins - 1; bin >= 0; --bin) {
+    if (counts[bin] == 0) continue;
+    at = bin;
+    before = above;
+    above += sums[bin];
+    if (above >= target) break;
+  }
+  int m = 0;
+  float* const masses = spare + n;
+  for (int i = 0; i < n; ++i) {
+    spare[m] = score[i];
+    masses[m] = mass[i];
+    m += bin_of(score[i]) == at;
+  }
+  return find_cut(spare, masses, m, target, before);
 }
 
 // What one row may still draw: `n` candidates of the scratch, in id order.
@@ -80,7 +110,12 @@ class Candidates {
   void keep_count(int64_t k) {
     if (k < n_) keep(find_cut(s_.value, nullptr, n_, static_cast<double>(k)), false);
   }
-  void keep_mass(double target) { keep(find_cut(s_.value, s_.mass, n_, target), true); }
+  void keep_mass(double target, float top) {
+    const bool many = n_ > 1024;
+    keep(
+        many ? find_cut_of_many(s_.value, s_.mass, n_, target, top, s_.spare) : find_cut(s_.value, s_.mass, n_, target),
+        true);
+  }
   void keep_lowered(float top, float scale, float limit) {
     int kept = 0;
     for (int i = 0; i < n_; ++i) {

@@ -234,19 +234,21 @@ void masses(const float* from, int n, float top, float scale, float* to) {
 }
 
 int gather(const RowScratch& s, int tiles, float least, float top, float scale, float limit) {
+  const F16 lowest = splat(least > -kInf ? least : -kLargest), shift = splat(top), by = splat(scale),
+            bar = splat(limit);
+  const auto passing = [&](F16 x) { return lanes_at_least(x, lowest) & lanes_at_least(mul(sub(x, shift), by), bar); };
   int n = 0;
   for (int t = 0; t < tiles; ++t) {
-    const float best = s.tile_max[t];
-    if (!(best >= least && (best - top) * scale >= limit) || best == -kInf) continue;
+    if (passing(splat(s.tile_max[t])) == 0) continue;
     for (int b = 0; b < kLogitsTile / kLogitsBlock; ++b) {
-      const float top_here = largest(load(s.group_max + t * kTileGroups + b * 16));
-      if (!(top_here >= least && (top_here - top) * scale >= limit) || top_here == -kInf) continue;
+      if (passing(load(s.group_max + t * kTileGroups + b * 16)) == 0) continue;
       const int from = t * kLogitsTile + b * kLogitsBlock;
-      for (int i = from; i < from + kLogitsBlock; ++i) {
-        const float x = s.score[i];
-        s.value[n] = x;
-        s.id[n] = i;
-        n += static_cast<int>(x >= least) & static_cast<int>((x - top) * scale >= limit) & static_cast<int>(x > -kInf);
+      for (int i = from; i < from + kLogitsBlock; i += 16) {
+        for (uint32_t left = passing(load(s.score + i)); left != 0; left &= left - 1) {
+          const int id = i + __builtin_ctz(left);
+          s.value[n] = s.score[id];
+          s.id[n++] = id;
+        }
       }
     }
   }

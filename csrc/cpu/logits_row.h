@@ -146,7 +146,7 @@ class MixRow {
     const bool p_on = top_p_ < 1;
     const double total = whole_ ? whole_mass() : 0;
     float least = kMinusInf, limit = limit_;
-    if (k_ > 0) least = score_of_count(s_, tiles_, k_, s_.mass);
+    if (k_ > 0) least = score_of_count(s_, tiles_, k_, s_.spare);
     // Top-p between the two others: min-p must not take anything from what it sums over.
     const bool limit_last = p_.order == FilterOrder::k_p_min && k_ > 0 && p_on;
     if (limit_last) limit = kMinusInf;
@@ -159,7 +159,7 @@ class MixRow {
     Candidates kept(s_, logits_kernels().gather(s_, tiles_, least, top_, plan_.scale, limit));
     if (k_ > 0) kept.keep_count(k_);
     logits_kernels().masses(s_.value, kept.size(), top_, plan_.scale, s_.mass);
-    if (p_on) kept.keep_mass(top_p_ * (whole_ ? total : kept.total()));
+    if (p_on) kept.keep_mass(top_p_ * (whole_ ? total : kept.total()), top_);
     if (limit_last) kept.keep_lowered(top_, plan_.scale, limit_);
     const double sum = kept.total();
     const int at = kept.walk(uniform() * sum);
