@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import triton
 from torch import Tensor
 
+from rainkernels.errors import RangeError
 from rainkernels.triton import logits_filter, logits_mix
 from rainkernels.triton.aot import AotKernel
 from rainkernels.triton.logits_rank import rank_rows_kernel, rank_tiles_kernel
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["aot_kernels", "mix_sample", "rank", "workspace_floats"]
 
 _TILE = int(logits_mix.TILE.value)
+_MAX_VOCAB = 4096 * _TILE  # one program combines the tiles of a row
 _ORDERS = {
     "k_p_min": int(logits_filter.K_P_MIN.value),
     "min_k_p": int(logits_filter.MIN_K_P.value),
@@ -59,6 +60,18 @@ def _tile_block(tiles: int) -> int:
     return block
 
 
+def _check_vocab_size(vocab_size: int) -> None:
+    if vocab_size > _MAX_VOCAB:
+        raise RangeError(f"vocab_size is {vocab_size}, the triton lane allows at most {_MAX_VOCAB}")
+
+
+def _row_constants(filters: bool, models: int) -> dict[str, int]:
+    """Tokens per step over a row, and loads in flight: what the registers of 8 warps hold for so many models."""
+    if not filters:
+        return {"BLOCK": 1024, "STAGES": 1}
+    return {"BLOCK": 2048, "STAGES": 3} if models <= 2 else {"BLOCK": 1024, "STAGES": 2}
+
+
 def _row_warps(filters: bool) -> int:
     return 8 if filters else 4
 
@@ -83,6 +96,7 @@ def mix_sample(
     workspace: Tensor,
 ) -> None:
     """Arguments of `rainkernels.ops.logits.mix_sample`, checked; position [B, 2]. Writes out and out_stats."""
+    _check_vocab_size(vocab_size)
     rows, models = weights.shape
     tiles = -(-vocab_size // _TILE)
     # A model that is not there stands for by the first one; the kernels never look at it.
@@ -123,18 +137,19 @@ def mix_sample(
     else:
         results = dict(zip(_STAT_NAMES, out_stats, strict=True))
     mix_rows_kernel[(rows,)](
-        **common, **places, **constants,
+        **common, **places, **constants, **_row_constants(filters, models),
         top_k=out.token if top_k is None else top_k,
         top_p=temperature if top_p is None else top_p,
         min_p=temperature if min_p is None else min_p,
         seed=seed, position=position, token_out=out.token, prob_out=out.prob, logprob_out=out.logprob, **results,
-        STATS=out_stats is not None, HAS_K=top_k is not None, HAS_P=top_p is not None, HAS_M=min_p is not None,
-        ORDER=_ORDERS[order], num_warps=_row_warps(filters),
+        given=sum((t is not None) << bit for bit, t in enumerate((top_k, top_p, min_p))), order=_ORDERS[order],
+        STATS=out_stats is not None, FILTERS=filters, num_warps=_row_warps(filters),
     )  # fmt: skip
 
 
 def rank(base: Tensor, aligned: Tensor, token: Tensor, vocab_size: int, out: Rank, workspace: Tensor) -> None:
     """Arguments of `rainkernels.ops.logits.rank`, checked; token int32. Writes out."""
+    _check_vocab_size(vocab_size)
     rows = base.shape[0]
     tiles = -(-vocab_size // _TILE)
     arguments = (
@@ -158,30 +173,27 @@ def _mix_signature(dtype: str) -> dict[str, str]:
 
 
 _RESULTS = {"token_out": "*i32", "prob_out": "*fp32", "logprob_out": "*fp32", **dict.fromkeys(_STAT_NAMES, "*fp32")}
-_ROW_PARAMETERS = {"top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32", "seed": "*i64", "position": "*i64"}
+_ROW_PARAMETERS = {
+    "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32", "given": "i32", "order": "i32", "seed": "*i64",
+    "position": "*i64",
+}  # fmt: skip
 
 
 def aot_kernels() -> list[AotKernel]:
     """Configurations the launchers choose, those of 1, 2, 3 and 8 models for all, aligned rows and rows that are not."""
     kernels: list[AotKernel] = []
-    # (name, dtype, models, stats, bias, plausible, filters, order, tiles, rows aligned to 16 bytes)
-    flavours: list[tuple[str, int, bool, bool, bool, bool, str, int, bool]] = []
     for dtype in _TYPES:
         for models in (1, 2, 3, 8):
             for stats in (False, True):
                 for filters in (False, True):
-                    flavours.append((dtype, models, stats, False, False, filters, "k_p_min", 256, True))
-    for order in ("min_k_p", "joint"):
-        flavours.append(("bf16", 2, False, False, False, True, order, 256, True))
+                    kernels += _mix_kernels(dtype, models, stats=stats, filters=filters)
     for bias, plausible in ((True, False), (False, True), (True, True)):
         for filters in (False, True):
-            flavours.append(("bf16", 2, True, bias, plausible, filters, "k_p_min", 256, True))
-    flavours.append(("bf16", 8, True, True, True, True, "joint", 1024, True))
+            kernels += _mix_kernels("bf16", 2, stats=True, filters=filters, bias=bias, plausible=plausible)
+    kernels += _mix_kernels("fp32", 8, stats=True, filters=True, bias=True, plausible=True, tiles=1024)
     for tiles in (16, 64, 1024):
-        flavours.append(("fp32", 2, True, False, False, True, "k_p_min", tiles, True))
-    flavours.append(("bf16", 2, True, False, False, True, "k_p_min", 256, False))
-    for flavour in flavours:
-        kernels += _mix_kernels(*flavour)
+        kernels += _mix_kernels("fp32", 2, stats=True, filters=True, tiles=tiles)
+    kernels += _mix_kernels("bf16", 2, stats=True, filters=True, aligned_rows=False)
     for dtype in _TYPES:
         pointers = {"base": _TYPES[dtype], "aligned": _TYPES[dtype], "token": "*i32", "workspace": "*fp32"}
         sizes = dict.fromkeys(("base_stride", "aligned_stride", "row_floats", "pitch", "vocab", "tiles"), "i32")
@@ -199,26 +211,28 @@ def aot_kernels() -> list[AotKernel]:
 
 
 def _mix_kernels(
-    dtype: str, models: int, stats: bool, bias: bool, plausible: bool, filters: bool, order: str, tiles: int,
-    aligned_rows: bool,
+    dtype: str, models: int, *, stats: bool, filters: bool, bias: bool = False, plausible: bool = False,
+    tiles: int = 256, aligned_rows: bool = True,
 ) -> list[AotKernel]:  # fmt: skip
     signature = _mix_signature(dtype)
     constants: dict[str, Any] = {
-        "N": models, "STATS": stats, "HAS_BIAS": bias, "HAS_PLAUSIBLE": plausible, "TILES": tiles,
+        "N": models, "STATS": stats, "FILTERS": filters, "HAS_BIAS": bias, "HAS_PLAUSIBLE": plausible, "TILES": tiles,
     }  # fmt: skip
-    name = f"{dtype}-n{models}" + "-stats" * stats + "-bias" * bias + "-plausible" * plausible + f"-t{tiles}"
     aligned = [*(f"h{i}" for i in range(8)), "workspace", "row_floats", "pitch", "bias", "plausible"]
     if aligned_rows:
         aligned += [*(f"s{i}" for i in range(8)), "bias_stride", "plausible_stride", "vocab"]
-    else:
-        name += "-odd"
-    tile = AotKernel(
-        f"mix_tiles-{name}" + "-filters" * filters, mix_tiles_kernel, signature, constants | {"FILTERS": filters}, 4, 1,
-        tuple(aligned),
-    )  # fmt: skip
-    switches = dict.fromkeys(("HAS_K", "HAS_P", "HAS_M"), filters)
-    row = AotKernel(
-        f"mix_rows-{name}" + f"-{order}" * filters, mix_rows_kernel, signature | _ROW_PARAMETERS | _RESULTS,
-        constants | switches | {"ORDER": _ORDERS[order]}, _row_warps(filters), 1, tuple(aligned),
-    )  # fmt: skip
-    return [tile, row]
+    flags = {"stats": stats, "bias": bias, "plausible": plausible, "filters": filters, "odd": not aligned_rows}
+    name = f"{dtype}-n{models}-t{tiles}" + "".join(f"-{flag}" for flag, on in flags.items() if on)
+    rows = signature | _ROW_PARAMETERS | _RESULTS
+    return [
+        AotKernel(f"mix_tiles-{name}", mix_tiles_kernel, signature, constants, 4, 1, tuple(aligned)),
+        AotKernel(
+            f"mix_rows-{name}",
+            mix_rows_kernel,
+            rows,
+            constants | _row_constants(filters, models),
+            _row_warps(filters),
+            1,
+            tuple(aligned),
+        ),
+    ]

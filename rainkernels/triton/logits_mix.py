@@ -33,15 +33,15 @@ def load_weights(weights, row, N: tl.constexpr):
     """The row's weights as a tuple, and two flags: their sum is one in float32; they are finite and not all zero."""
     values = ()
     total = tl.zeros([], tl.float32)
-    sound = tl.zeros([], tl.int32) + 1
-    used = tl.zeros([], tl.int32)
+    spoilt = tl.zeros([], tl.float32)
+    largest = tl.zeros([], tl.float32)
     for i in tl.static_range(N):
         w = tl.load(weights + row * N + i)
-        values = values + (w,)
+        values = values + (w,)  # noqa: RUF005 (Triton has no starred expression)
         total += w
-        sound = tl.where(tl.abs(w) < float("inf"), sound, 0)
-        used = tl.where(w != 0, 1, used)
-    return values, tl.where(total == 1.0, 1, 0), sound * used
+        spoilt += w * 0.0  # NaN for what is not finite
+        largest = tl.maximum(largest, tl.abs(w))
+    return values, tl.where(total == 1.0, 1, 0), tl.where(spoilt == 0, 1, 0) * tl.where(largest > 0, 1, 0)
 
 
 @triton.jit
@@ -95,19 +95,19 @@ def row_context(
     """The tuple `scores` takes, and 1 where weights and plausibility are usable."""
     models = (h0 + row * s0,)
     if N > 1:
-        models = models + (h1 + row * s1,)
+        models = models + (h1 + row * s1,)  # noqa: RUF005
     if N > 2:
-        models = models + (h2 + row * s2,)
+        models = models + (h2 + row * s2,)  # noqa: RUF005
     if N > 3:
-        models = models + (h3 + row * s3,)
+        models = models + (h3 + row * s3,)  # noqa: RUF005
     if N > 4:
-        models = models + (h4 + row * s4,)
+        models = models + (h4 + row * s4,)  # noqa: RUF005
     if N > 5:
-        models = models + (h5 + row * s5,)
+        models = models + (h5 + row * s5,)  # noqa: RUF005
     if N > 6:
-        models = models + (h6 + row * s6,)
+        models = models + (h6 + row * s6,)  # noqa: RUF005
     if N > 7:
-        models = models + (h7 + row * s7,)
+        models = models + (h7 + row * s7,)  # noqa: RUF005
     values, unit, sound = load_weights(weights, row, N)
     bias_row = bias
     if HAS_BIAS:

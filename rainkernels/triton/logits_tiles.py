@@ -6,8 +6,21 @@ import triton
 import triton.language as tl
 
 from rainkernels.triton.logits_mix import (
-    F_CROSS, F_MASS, F_MAX, F_MODEL, F_PLAUSIBLE, F_SCORE, F_SUM, GROUP, GROUPS, TILE,
-    exp_shifted, finite_shift, inverse_temperature, row_context, scores,
+    F_CROSS,
+    F_MASS,
+    F_MAX,
+    F_MODEL,
+    F_PLAUSIBLE,
+    F_SCORE,
+    F_SUM,
+    GROUP,
+    GROUPS,
+    TILE,
+    exp_shifted,
+    finite_shift,
+    inverse_temperature,
+    row_context,
+    scores,
 )  # fmt: skip
 
 
