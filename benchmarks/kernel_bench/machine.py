@@ -52,7 +52,7 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
     moved = source.numel() * source.element_size()
     copied = 2 * moved / _seconds(lambda: target.copy_(source), device)
     read = moved / _seconds(lambda: source.sum(), device)
-    del source, target
+    source = target = source.new_empty(0)  # given back before the products
     # Plain bfloat16 products are left out on a CPU: some virtual machines announce AMX and die on its first instruction.
     flops = {}
     for dtype in (torch.bfloat16, torch.float32) if gpu else (torch.float32,):

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import bench_tree
 import torch
 from torch import Tensor
 
-import bench_tree
 from kernel_bench.bench import OURS, Bench, Settings, Verdict
 from kernel_bench.measure import Run, Runs, paired_ratio, rounded, spread
 from rainkernels._lanes import choose_lane
