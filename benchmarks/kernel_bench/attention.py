@@ -151,7 +151,7 @@ def make(case: Fan | Prefill, settings: Settings) -> Bench:
             add("sdpa, cache per branch", peers.replicated)
             add("two-part", peers.two_part)
             add("two-part flash", peers.two_part_flash)
-            if settings.compile:
+            if settings.compile and case in (CPU[0], CUDA[0]):  # once: it compiles for a while
                 add_compiled("two-part, torch.compile", peers.two_part)
         if on_gpu:
             add("FlashInfer cascade", peers.flashinfer_cascade)

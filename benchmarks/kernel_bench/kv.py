@@ -56,7 +56,7 @@ def make(rows: int, heads: int, dim: int, dtype: torch.dtype, settings: Settings
         "pool[slots] = rows": plain(indexed),
         "index_copy_": plain(copied),
     }
-    if settings.compile:
+    if settings.compile and rows == (CUDA if on_gpu else CPU)[0][0]:
         builders["torch.compile"] = lambda: plain(compiled(indexed))()
     wanted = {name: t.clone() for name, t in sets[0].items()}
     reference.kv_write(**wanted)

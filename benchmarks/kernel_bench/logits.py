@@ -95,7 +95,7 @@ def make(case: Filters, rows: int, vocabulary: int, dtype: torch.dtype, settings
     builders["PyTorch chain"] = lambda: runs(chain)
     if best is not None:
         builders["best PyTorch order"] = lambda: runs(best)
-    if settings.compile:
+    if settings.compile and case in (CASES[0], CASES[2]):
         builders["torch.compile"] = lambda: runs(compiled(best or chain))
     if settings.device.type == "cuda" and (case.top_k or case.top_p < 1):
         builders["FlashInfer sampling"] = lambda: runs(flashinfer_chain(case, rows))
