@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,3 +145,18 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
     torch._dynamo.reset()
     result: Callable[..., object] = torch.compile(function, dynamic=False)
     return result
+
+
+@contextmanager
+def forced_lane(name: str | None) -> Iterator[None]:
+    """RAINKERNELS_LANE for a while; None leaves it as it is."""
+    before = os.environ.get("RAINKERNELS_LANE")
+    if name is not None:
+        os.environ["RAINKERNELS_LANE"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("RAINKERNELS_LANE", None)
+        else:
+            os.environ["RAINKERNELS_LANE"] = before

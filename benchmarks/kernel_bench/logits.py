@@ -14,7 +14,7 @@ from kernel_bench.bench import OURS, Bench, Settings, Verdict, compiled, num_inp
 from kernel_bench.machine import l2_bytes
 from kernel_bench.measure import Run, Runs
 from rainkernels._lanes import choose_lane
-from rainkernels.ops.logits import mix_sample, mix_sample_workspace, rank
+from rainkernels.ops.logits import mix_sample, mix_sample_workspace, rank, rank_workspace
 
 _VOCABULARY = 128_256  # Llama 3
 _WEIGHT = 0.7  # of the aligned model; the base gets the rest
@@ -282,8 +282,9 @@ def make_rank(rows: int, vocabulary: int, dtype: torch.dtype, settings: Settings
 
 
 def ours_rank(i: Inputs) -> Run:
-    out = rank(i.base, i.aligned, i.token)
-    return lambda: rank(i.base, i.aligned, i.token, out=out)
+    workspace = torch.empty(rank_workspace(*i.base.shape, i.base.device), device=i.base.device)
+    out = rank(i.base, i.aligned, i.token, workspace=workspace)
+    return lambda: rank(i.base, i.aligned, i.token, out=out, workspace=workspace)
 
 
 def _sets(rows: int, vocabulary: int, dtype: torch.dtype, settings: Settings) -> list[Inputs]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +11,7 @@ import bench_tree
 import torch
 from torch import Tensor
 
-from kernel_bench.bench import OURS, Bench, Settings, Verdict
+from kernel_bench.bench import OURS, Bench, Settings, Verdict, forced_lane
 from kernel_bench.measure import Run, Runs, paired_ratio, rounded, spread
 from rainkernels._lanes import choose_lane
 from rainkernels.ops import tree
@@ -128,7 +126,7 @@ def _runs(op: str, forest: tree.Forest, device: torch.device, lane: str | None) 
     run = Step(_copied(forest, device)).call(op)
 
     def call() -> object:
-        with _lane_forced(lane):
+        with forced_lane(lane):
             return run()
 
     return [run if lane is None else call]
@@ -136,7 +134,7 @@ def _runs(op: str, forest: tree.Forest, device: torch.device, lane: str | None) 
 
 def _select_like(forest: tree.Forest) -> Callable[[str, Run], Verdict]:
     """Choices must be those of the definition."""
-    with _lane_forced("reference"):
+    with forced_lane("reference"):
         wanted = Step(forest.clone()).chosen
 
     def verify(label: str, run: Run) -> Verdict:
@@ -156,7 +154,7 @@ def _backup_like(
 
     def after(device: torch.device, lane: str | None) -> tree.Forest:
         copy = _copied(forest, device)
-        with _lane_forced(lane):
+        with forced_lane(lane):
             Step(copy).call("backup")()
         return copy
 
@@ -174,18 +172,3 @@ def _difference(a: Tensor, b: Tensor) -> float:
     a, b = a.cpu(), b.cpu()
     same = (a == b) | (a.isnan() & b.isnan())
     return float((a - b).abs().masked_fill(same, 0.0).max()) if a.numel() else 0.0
-
-
-@contextmanager
-def _lane_forced(name: str | None) -> Iterator[None]:
-    """RAINKERNELS_LANE for a while; None leaves it as it is."""
-    before = os.environ.get("RAINKERNELS_LANE")
-    if name is not None:
-        os.environ["RAINKERNELS_LANE"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("RAINKERNELS_LANE", None)
-        else:
-            os.environ["RAINKERNELS_LANE"] = before
