@@ -20,7 +20,7 @@ Table = EditTable | BasisTable
 # Codes shared with csrc/include/rainkernels/edits.h and rainkernels/triton/edits.py.
 TAPS = ("mlp_out", "block_out")
 CASTS = ("llama", "gemma")
-_NO_TABLE = (0,) * 14
+_NO_TABLE = (0,) * 13
 # Signatures of checked calls without a table; a table keeps its own.
 _CALLS: set[object] = set()
 
@@ -181,7 +181,7 @@ def _table_arguments(table: Table | None) -> tuple[int, ...]:
         rows, gram, count, steps = table.basis, 0, 0, (0, 0)
     return (
         rows.data_ptr(), steps[0], DTYPE_CODE[rows.dtype], table.scale.data_ptr(), steps[1], gram, table.op.data_ptr(),
-        table.alpha.data_ptr(), table.target.data_ptr(), count, table.norm.data_ptr(), slots, k, 1,
+        table.alpha.data_ptr(), table.target.data_ptr(), count, table.norm.data_ptr(), slots, k,
     )  # fmt: skip
 
 
