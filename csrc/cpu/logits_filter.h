@@ -60,6 +60,21 @@ inline Cut find_cut(const float* score, const float* weight, int n, double targe
   }
 }
 
+// The same for at most 128 scores, which sorting serves best.
+inline Cut find_cut_of_few(const float* score, const float* weight, int n, double target) {
+  uint64_t keys[128];
+  for (int i = 0; i < n; ++i) keys[i] = uint64_t{ordered_bits(score[i])} << 32 | static_cast<uint32_t>(~i);
+  std::sort(keys, keys + n, [](uint64_t a, uint64_t b) { return a > b; });
+  Cut cut{0, 0};
+  double running = 0;
+  for (int j = 0; j < n && (j == 0 || running < target); ++j) {
+    const uint32_t key = static_cast<uint32_t>(keys[j] >> 32);
+    cut = {key, key == cut.key ? cut.equals + 1 : 1};
+    running += weight == nullptr ? 1.0 : weight[static_cast<uint32_t>(~keys[j])];
+  }
+  return cut;
+}
+
 // The same by mass for many scores: bins of equal width find a short stretch of the order, and bits cut inside it.
 inline Cut find_cut_of_many(const float* score, const float* mass, int n, double target, float top, float* spare) {
   constexpr int kBins = 2048;
@@ -108,13 +123,15 @@ class Candidates {
     return sum;
   }
   void keep_count(int64_t k) {
-    if (k < n_) keep(find_cut(s_.value, nullptr, n_, static_cast<double>(k)), false);
+    const double target = static_cast<double>(k);
+    if (k < n_)
+      keep(few() ? find_cut_of_few(s_.value, nullptr, n_, target) : find_cut(s_.value, nullptr, n_, target), false);
   }
   void keep_mass(double target, float top) {
-    const bool many = n_ > 1024;
-    keep(
-        many ? find_cut_of_many(s_.value, s_.mass, n_, target, top, s_.spare) : find_cut(s_.value, s_.mass, n_, target),
-        true);
+    if (few())
+      keep(find_cut_of_few(s_.value, s_.mass, n_, target), true);
+    else
+      keep(find_cut_of_many(s_.value, s_.mass, n_, target, top, s_.spare), true);
   }
   void keep_lowered(float top, float scale, float limit) {
     int kept = 0;
@@ -137,6 +154,7 @@ class Candidates {
   }
 
  private:
+  bool few() const { return n_ <= 128; }
   void move(int from, int to, bool with_mass) {
     s_.value[to] = s_.value[from];
     s_.id[to] = s_.id[from];
