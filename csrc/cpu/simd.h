@@ -145,6 +145,11 @@ static inline void transpose_rows(const float* const* from, int column, float* t
   }
 }
 
+// Bit i: lane i of a is at least lane i of b.
+static inline uint32_t lanes_at_least(F16 a, F16 b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ);
+}
+
 #elif defined(RK_ISA_avx2)
 
 struct F16 {
@@ -276,6 +281,11 @@ static inline void transpose(F16* r) {
     r[8 + i] = {q[1][i], q[3][i]};
   }
 }
+// Bit i: lane i of x is at least lane i of y.
+static inline uint32_t lanes_at_least(F16 x, F16 y) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ))) |
+         static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ))) << 8;
+}
 #undef RK_EACH
 
 #else
@@ -388,6 +398,12 @@ static inline void transpose(F16* r) {
       r[j].v[i] = kept;
     }
   }
+}
+// Bit i: lane i of a is at least lane i of b.
+static inline uint32_t lanes_at_least(F16 a, F16 b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(a.v[i] >= b.v[i]) << i;
+  return bits;
 }
 #undef RK_LANES
 

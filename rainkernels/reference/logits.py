@@ -166,25 +166,31 @@ def statistics(
         proper = (h < _INF).all(dim=1) & (h > -_INF).any(dim=1)
         h = torch.where(proper[:, None], h, nan)
         logs.append(torch.log_softmax(h, dim=1))
-        lses.append(torch.logsumexp(h, dim=1))
+        lses.append(_log_sum_exp(h))
     mix = torch.log_softmax(z, dim=1)
-    lse_mix = torch.logsumexp(z, dim=1)
-    log_z = lse_mix.double()
+    lse_mix = _log_sum_exp(z)
+    log_z = lse_mix
     for i, lse in enumerate(lses):
         w = weights[:, i].double()
-        log_z = torch.where(w != 0, log_z - w * lse.double(), log_z)
+        log_z = torch.where(w != 0, log_z - w * lse, log_z)
     p = torch.exp(mix)
     result = (
         torch.stack([lp.gather(1, at)[:, 0] for lp in logs], dim=1),
-        lse_mix,
-        torch.stack(lses, dim=1),
+        lse_mix.to(work),
+        torch.stack(lses, dim=1).to(work),
         log_z.to(work),
         -torch.where(p > 0, p * mix, 0.0).sum(dim=1),
         torch.stack([_divergence(mix, lp) for lp in logs], dim=1),
-        torch.stack([torch.zeros_like(lse_mix), *(_divergence(lp, logs[0]) for lp in logs[1:])], dim=1),
+        torch.stack([torch.zeros_like(z[:, 0]), *(_divergence(lp, logs[0]) for lp in logs[1:])], dim=1),
     )
     kept = [torch.where(valid if x.dim() == 1 else valid[:, None], x, nan) for x in result]
     return kept[0], kept[1], kept[2], kept[3], kept[4], kept[5], kept[6]
+
+
+def _log_sum_exp(h: Tensor) -> Tensor:
+    """In double: constants added to a row stay exact until they cancel."""
+    top = h.amax(dim=1, keepdim=True)
+    return top[:, 0].double() + torch.exp(h - top).sum(dim=1).double().log()
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

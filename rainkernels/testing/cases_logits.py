@@ -82,13 +82,14 @@ class LogitsCase:
                 h = (h / self.rounding).round() * self.rounding
             h = h + self.shift[m % len(self.shift)]
             for model, row, lo, hi, value in self.holes:
-                if model == m:
+                if model == m and row < self.rows:
                     h[slice(None) if row < 0 else row, lo:hi] = value
             wide = self.vocab + self.padding[m % len(self.padding)]
             store = torch.full((self.rows, wide + self.row_gap), 1e4).to(device, dtype)
             store[:, : self.vocab] = h.to(device, dtype)
             logits.append(store[:1, :wide].expand(self.rows, wide) if self.hidden_shared else store[:, :wide])
         weights = torch.tensor([self.weights[b % len(self.weights)] for b in range(self.rows)], dtype=torch.float32)
+        weights = weights.reshape(self.rows, self.num_models)
         position = torch.arange(self.rows, dtype=torch.int64) * 7919 + seed
         if self.wide_position:
             position = torch.stack((position - 5, (position << 40) - 1), dim=1)
