@@ -69,7 +69,7 @@ def _row_constants(filters: bool, models: int) -> dict[str, int]:
     """Tokens per step over a row, and loads in flight: what the registers of 8 warps hold for so many models."""
     if not filters:
         return {"BLOCK": 1024, "STAGES": 1}
-    return {"BLOCK": 2048, "STAGES": 3} if models <= 2 else {"BLOCK": 1024, "STAGES": 2}
+    return {"BLOCK": 2048, "STAGES": 2} if models <= 2 else {"BLOCK": 1024, "STAGES": 1}
 
 
 def _row_warps(filters: bool) -> int:
@@ -180,18 +180,21 @@ _ROW_PARAMETERS = {
 
 
 def aot_kernels() -> list[AotKernel]:
-    """Configurations the launchers choose, those of 1, 2, 3 and 8 models for all, aligned rows and rows that are not."""
+    """What the launchers choose: every dtype, number of tiles and switch, 1, 2, 3 and 8 models, rows aligned or not.
+
+    Not every combination of them: the switches add code to a kernel, and are listed alone and all together.
+    """
     kernels: list[AotKernel] = []
     for dtype in _TYPES:
-        for models in (1, 2, 3, 8):
-            for stats in (False, True):
-                for filters in (False, True):
-                    kernels += _mix_kernels(dtype, models, stats=stats, filters=filters)
-    for bias, plausible in ((True, False), (False, True), (True, True)):
-        for filters in (False, True):
-            kernels += _mix_kernels("bf16", 2, stats=True, filters=filters, bias=bias, plausible=plausible)
-    kernels += _mix_kernels("fp32", 8, stats=True, filters=True, bias=True, plausible=True, tiles=1024)
-    for tiles in (16, 64, 1024):
+        kernels += _mix_kernels(dtype, 2, stats=False, filters=True)
+        kernels += _mix_kernels(dtype, 2, stats=True, filters=False)
+        kernels += _mix_kernels(dtype, 8, stats=True, filters=True, bias=True, plausible=True)
+    for models in (1, 3):
+        kernels += _mix_kernels("bf16", models, stats=False, filters=False)
+        kernels += _mix_kernels("bf16", models, stats=True, filters=True)
+    kernels += _mix_kernels("bf16", 2, stats=False, filters=False, bias=True)
+    kernels += _mix_kernels("bf16", 2, stats=False, filters=True, bias=True, plausible=True)
+    for tiles in (16, 64, 1024, 4096):
         kernels += _mix_kernels("fp32", 2, stats=True, filters=True, tiles=tiles)
     kernels += _mix_kernels("bf16", 2, stats=True, filters=True, aligned_rows=False)
     for dtype in _TYPES:
