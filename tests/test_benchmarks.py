@@ -206,7 +206,7 @@ def test_part_that_hangs_keeps_what_it_had_found(tmp_path: Path) -> None:
         "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
         "open(sys.argv[1], 'w').write('{\"pid\": %d}' % child.pid); time.sleep(600)"
     )
-    found = run_part(part(code), 5, tmp_path)
+    found = run_part(part(code), 8, tmp_path)
     assert (found["status"], found["rc"], found["timed_out"]) == ("failed", None, True)
     child = found["result"]["pid"]
     state = Path(f"/proc/{child}/stat")
