@@ -49,7 +49,7 @@ wheel: $(STAMP) ## dist/*.whl
 	@$(PIP) wheel . --no-deps --no-build-isolation -w dist && ls -l dist
 
 bench: $(STAMP) ## kernel benchmarks of this machine
-	@$(PY) benchmarks/bench_tree.py && $(PY) benchmarks/bench_attention.py
+	@$(PY) benchmarks/bench_kernels.py
 
 clean: ## remove what was built; keeps .venv's packages
 	rm -rf build dist *.egg-info rainkernels/_C*.so $(VENV)/triton-cache $(STAMP)

@@ -1,6 +1,82 @@
 // Bindings of the logits family: raw addresses, sizes and strides, checked by rainkernels/ops/logits.py.
+#include "cpu/logits.h"
+
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;
+using rainkernels::Dtype;
+using address = std::uintptr_t;
 
-void bind_logits(py::module_&) {}
+namespace {
+
+template <class T>
+T* at(address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+// `models`: address and row stride of each model in turn. Returns the broken rule, 0 for none, and its row.
+py::tuple mix_sample(const py::tuple& models, int dtype, int rows, int vocab, address weights, address temperature,
+                     address top_k, address top_p, address min_p, address plausibility, int plausibility_model,
+                     int order, address seed, address position, int position_words, address bias, int64_t bias_stride,
+                     address token, address prob, address logprob, const py::tuple& stats, int threads) {
+  rainkernels::MixParams p{};
+  p.num_models = static_cast<int>(models.size() / 2);
+  for (int i = 0; i < p.num_models && i < rainkernels::kMaxModels; ++i) {
+    p.logits[i] = at<const void>(models[2 * i].cast<address>());
+    p.row_stride[i] = models[2 * i + 1].cast<int64_t>();
+  }
+  p.dtype = static_cast<Dtype>(dtype);
+  p.rows = rows;
+  p.vocab = vocab;
+  p.weights = at<const float>(weights);
+  p.temperature = at<const float>(temperature);
+  p.top_k = at<const int32_t>(top_k);
+  p.top_p = at<const float>(top_p);
+  p.min_p = at<const float>(min_p);
+  p.plausibility = at<const float>(plausibility);
+  p.plausibility_model = plausibility_model;
+  p.order = static_cast<rainkernels::FilterOrder>(order);
+  p.seed = at<const int64_t>(seed);
+  p.position = at<const int64_t>(position);
+  p.position_words = position_words;
+  p.bias = at<const float>(bias);
+  p.bias_stride = bias_stride;
+  p.token = at<int32_t>(token);
+  p.prob = at<float>(prob);
+  p.logprob = at<float>(logprob);
+  float** const fields[] = {&p.logprob_models, &p.lse_mix, &p.lse_models, &p.log_z, &p.entropy, &p.kl_mix, &p.kl_ref};
+  for (size_t i = 0; i < stats.size() && i < 7; ++i) *fields[i] = at<float>(stats[i].cast<address>());
+  p.num_threads = threads;
+  rainkernels::MixFault fault{};
+  {
+    py::gil_scoped_release release;
+    fault = rainkernels::mix_sample(p);
+  }
+  return py::make_tuple(static_cast<int>(fault.rule), fault.row);
+}
+
+}  // namespace
+
+void bind_logits(py::module_& m) {
+  m.def("mix_sample_cpu", &mix_sample);
+  m.def("rank_cpu", [](address base, int64_t base_stride, address aligned, int64_t aligned_stride, int dtype, int rows,
+                       int vocab, address token, int token_bytes, address rank, address kl, address logprob_base,
+                       address logprob_aligned, int threads) {
+    const rainkernels::RankParams p{at<const void>(base),
+                                    at<const void>(aligned),
+                                    base_stride,
+                                    aligned_stride,
+                                    static_cast<Dtype>(dtype),
+                                    rows,
+                                    vocab,
+                                    at<const void>(token),
+                                    token_bytes,
+                                    at<int32_t>(rank),
+                                    at<float>(kl),
+                                    at<float>(logprob_base),
+                                    at<float>(logprob_aligned),
+                                    threads};
+    py::gil_scoped_release release;
+    rainkernels::rank_tokens(p);
+  });
+}

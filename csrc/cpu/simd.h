@@ -145,6 +145,27 @@ static inline void transpose_rows(const float* const* from, int column, float* t
   }
 }
 
+// Bit i: lane i of a is at least lane i of b.
+static inline uint32_t lanes_at_least(F16 a, F16 b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ);
+}
+// Stores rounded to nearest even, NaN as in dtypes.h.
+static inline void store_bf16(uint16_t* p, F16 a) {
+  const __m512i u = _mm512_castps_si512(a.v), high = _mm512_srli_epi32(u, 16);
+  const __m512i even = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i value = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), even), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i bits = _mm512_mask_or_epi32(value, nan, high, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
+}
+static inline void store_f16(uint16_t* p, F16 a) {
+  const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16), _mm512_set1_epi32(0x8000));
+  const __m256i quiet = _mm512_cvtepi32_epi16(_mm512_or_si512(sign, _mm512_set1_epi32(0x7e00)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m256i value = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_mask_blend_epi16(nan, value, quiet));
+}
+
 #elif defined(RK_ISA_avx2)
 
 struct F16 {
@@ -276,7 +297,30 @@ static inline void transpose(F16* r) {
     r[8 + i] = {q[1][i], q[3][i]};
   }
 }
+// Bit i: lane i of x is at least lane i of y.
+static inline uint32_t lanes_at_least(F16 x, F16 y) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ))) |
+         static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ))) << 8;
+}
 #undef RK_EACH
+
+// Stores rounded to nearest even, NaN as in dtypes.h.
+static inline __m256i bf16_half(__m256 x) {
+  const __m256i u = _mm256_castps_si256(x), high = _mm256_srli_epi32(u, 16);
+  const __m256i even = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i value = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), even), 16);
+  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  return _mm256_blendv_epi8(value, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+static inline void store_bf16(uint16_t* p, F16 x) {
+  const __m256i packed = _mm256_packus_epi32(bf16_half(x.a), bf16_half(x.b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+static inline void store_f16(uint16_t* p, F16 x) {
+  float lanes[16];
+  store(lanes, x);
+  for (int i = 0; i < 16; ++i) p[i] = float_to_f16(lanes[i]);
+}
 
 #else
 
@@ -389,7 +433,21 @@ static inline void transpose(F16* r) {
     }
   }
 }
+// Bit i: lane i of a is at least lane i of b.
+static inline uint32_t lanes_at_least(F16 a, F16 b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(a.v[i] >= b.v[i]) << i;
+  return bits;
+}
 #undef RK_LANES
+
+// Stores rounded to nearest even, NaN as in dtypes.h.
+static inline void store_bf16(uint16_t* p, F16 a) {
+  for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(a.v[i]);
+}
+static inline void store_f16(uint16_t* p, F16 a) {
+  for (int i = 0; i < 16; ++i) p[i] = float_to_f16(a.v[i]);
+}
 
 #endif
 

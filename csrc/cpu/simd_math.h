@@ -87,5 +87,22 @@ static inline F16 tanh_16(F16 x) {
   return select_less(size, splat(0.625f), near, far);
 }
 
+// Sixteen lanes rounded to the storage type.
+static inline void store16(float* p, F16 a) {
+  store(p, a);
+}
+static inline void store16(Bf16* p, F16 a) {
+  store_bf16(reinterpret_cast<uint16_t*>(p), a);
+}
+static inline void store16(Half* p, F16 a) {
+  store_f16(reinterpret_cast<uint16_t*>(p), a);
+}
+
+static inline float tanh_one(float x) {
+  float lanes[16];
+  store(lanes, tanh_16(splat(x)));
+  return lanes[0];
+}
+
 }  // namespace RK_ISA
 }  // namespace rainkernels

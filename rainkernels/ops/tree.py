@@ -2,14 +2,16 @@
 
 Item i of a call works on tree `tree_ids[i]`. A call checks every item before it changes anything, so it happens wholly or
 not at all. Items of one tree are done in the order given; trees are independent. All floats that enter must be finite.
-On cuda the checks run on the device and the error is fetched after the call; during stream capture it is not fetched, and a
-call with a bad item then changes nothing.
+On cuda the checks run on the device and the error is fetched after the call, which waits for the GPU. With `error`, an
+`error_word`, nothing is fetched (nor during stream capture): the first bad call leaves its error there, it and every later call
+with that word change nothing, and `raise_error` raises it. With `out` and `error` a call neither
+allocates nor waits. On a cpu errors are raised at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from rainkernels._forest import (
 )
 from rainkernels._lanes import Lane, choose_lane, native
 from rainkernels._tree_errors import ERROR_STRIDE, NO_ERROR, error_of_word
+from rainkernels._tree_schemas import SCHEMAS
 from rainkernels.errors import DtypeError, LaneError, RangeError
 from rainkernels.reference import tree as reference
 
@@ -44,16 +47,42 @@ __all__ = [
     "backup",
     "best_child",
     "children",
+    "error_word",
     "expand",
     "mark_in_flight",
     "node_stats",
+    "raise_error",
     "reroot",
     "select",
     "unmark_in_flight",
 ]
 
+Result = TypeVar("Result", Tensor, Selection, BestChild)
 
-def select(forest: Forest, tree_ids: Tensor, skip_node: Tensor | None = None) -> Selection:
+
+def error_word(forest: Forest) -> Tensor:
+    """[1] int64 on the forest's device, for the `error` of calls that must not wait for the GPU; 2**63 - 1 while all is well."""
+    _check_forest(forest)
+    return torch.full((1,), NO_ERROR, dtype=torch.int64, device=forest.device)
+
+
+def raise_error(error: Tensor) -> None:
+    """Raise what the calls with this word left in it, if anything, and reset it. Waits for the GPU.
+
+    Raises:
+        RangeError, ShapeError: the smallest bad item of the first bad call, and what is wrong with it.
+    """
+    check_tensor("error", error, dtype=torch.int64, shape=(1,))
+    word = int(error.item())
+    error.fill_(NO_ERROR)
+    if word != NO_ERROR:
+        raise error_of_word("tree", word)
+
+
+def select(
+    forest: Forest, tree_ids: Tensor, skip_node: Tensor | None = None, *, out: Selection | None = None,
+    error: Tensor | None = None,
+) -> Selection:  # fmt: skip
     """Descend each tree by PUCT to a leaf, or to a node that should get one more child first. Changes nothing.
 
     At each inner node (RAIN's checkadd, before choosing among its children): if it has 2 to max_children - 1 children,
@@ -67,23 +96,30 @@ def select(forest: Forest, tree_ids: Tensor, skip_node: Tensor | None = None) ->
     Shapes:
         tree_ids:  [n] int32
         skip_node: [n] int32 or None; -1 = ask everywhere
+        out:       a Selection to write to;  error: [1] int64, see above
     Returns: Selection; `depth` counts edges (0 = the root), so `path[i, depth[i]] == node[i]`.
     Raises: DeviceError, DtypeError, ShapeError, StrideError; RangeError for an item's tree or skip_node.
     Source: RAIN, official procedure (docs/methods/rain.md); in-flight counts: WU-UCT.
     """
     n = _check_items(forest, tree_ids) if skip_node is None else _check_items(forest, tree_ids, skip_node=skip_node)
     lane = choose_lane("tree", forest.device)
+    if out is not None:
+        for name, tensor in zip(Selection._fields, out, strict=True):
+            shape = (n, forest.config.max_depth) if name == "path" else (n,)
+            check_tensor(f"out.{name}", tensor, device=forest.device, dtype=torch.int32, shape=shape)
     if lane == "reference":
-        return reference.select(forest, tree_ids, skip_node)
-    status, node, depth = torch.empty_like(tree_ids), torch.empty_like(tree_ids), torch.empty_like(tree_ids)
-    path = tree_ids.new_empty((n, forest.config.max_depth))
-    _run(lane, "select", forest, tree_ids, skip_node, status, node, path, depth)
-    return Selection(status, node, path, depth)
+        return _into(out, reference.select(forest, tree_ids, skip_node))
+    if out is None:
+        path = tree_ids.new_empty((n, forest.config.max_depth))
+        out = Selection(torch.empty_like(tree_ids), torch.empty_like(tree_ids), path, torch.empty_like(tree_ids))
+    _run(lane, "select", forest, tree_ids, skip_node, *out, error=error)
+    return out
 
 
 def expand(
-    forest: Forest, tree_ids: Tensor, nodes: Tensor, priors: Tensor, num_children: Tensor, set_length: Tensor
-) -> Tensor:
+    forest: Forest, tree_ids: Tensor, nodes: Tensor, priors: Tensor, num_children: Tensor, set_length: Tensor, *,
+    out: Tensor | None = None, error: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Give leaves their children. Child k of item i becomes slot `first_slot[i] + k`.
 
     Priors are taken as given (normalise them), except that at a root p becomes (1 - mix) p + mix / num_children with
@@ -101,14 +137,18 @@ def expand(
     n = _check_items(forest, tree_ids, nodes=nodes, num_children=num_children, set_length=set_length)
     check_tensor("priors", priors, device=forest.device, dtype=forest.dtype, shape=(n, None))
     lane = choose_lane("tree", forest.device)
+    _check_out(forest, out, n)
     if lane == "reference":
-        return reference.expand(forest, tree_ids, nodes, priors, num_children, set_length)
-    first_slot = torch.empty_like(tree_ids)
-    _run(lane, "expand", forest, tree_ids, nodes, priors, priors.shape[1], num_children, set_length, first_slot)
-    return first_slot
+        return _into(out, reference.expand(forest, tree_ids, nodes, priors, num_children, set_length))
+    first = torch.empty_like(tree_ids) if out is None else out
+    _run(lane, "expand", forest, tree_ids, nodes, priors, priors.shape[1], num_children, set_length, first, error=error)
+    return first
 
 
-def add_child(forest: Forest, tree_ids: Tensor, nodes: Tensor, prior: Tensor, *, mix: bool = False) -> Tensor:
+def add_child(
+    forest: Forest, tree_ids: Tensor, nodes: Tensor, prior: Tensor, *, mix: bool = False, out: Tensor | None = None,
+    error: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Give expanded nodes one more child; the priors of the others stay.
 
     With `mix`, the prior of a child of the root becomes (1 - root_prior_mix) p + root_prior_mix / k, k counting the new
@@ -125,16 +165,18 @@ def add_child(forest: Forest, tree_ids: Tensor, nodes: Tensor, prior: Tensor, *,
     if not isinstance(mix, bool):
         raise DtypeError(f"mix must be True or False, got {type(mix).__name__}")
     lane = choose_lane("tree", forest.device)
+    _check_out(forest, out, n)
     if lane == "reference":
-        return reference.add_child(forest, tree_ids, nodes, prior, mix=mix)
-    slot = torch.empty_like(tree_ids)
-    _run(lane, "add_child", forest, tree_ids, nodes, prior, mix, slot)
+        return _into(out, reference.add_child(forest, tree_ids, nodes, prior, mix=mix))
+    slot = torch.empty_like(tree_ids) if out is None else out
+    _run(lane, "add_child", forest, tree_ids, nodes, prior, mix, slot, error=error)
     return slot
 
 
 def backup(
-    forest: Forest, tree_ids: Tensor, path: Tensor, depth: Tensor, value: Tensor, embedding: Tensor | None = None
-) -> Tensor:
+    forest: Forest, tree_ids: Tensor, path: Tensor, depth: Tensor, value: Tensor, embedding: Tensor | None = None, *,
+    out: Tensor | None = None, error: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Add one evaluated leaf per item to the statistics of its path.
 
     Every node of the path: n += 1, fn += 1, q += (value - q) / n. Below the root, with embeddings: the node's mean
@@ -159,14 +201,18 @@ def backup(
         check_tensor("embedding", embedding, device=forest.device, dtype=torch.float32, shape=shape)
         rows = embedding.shape[1]
     lane = choose_lane("tree", forest.device)
+    _check_out(forest, out, n)
     if lane == "reference":
-        return reference.backup(forest, tree_ids, path, depth, value, embedding)
-    dropped = torch.empty_like(tree_ids)
-    _run(lane, "backup", forest, tree_ids, path, depth, value, embedding if rows else None, rows, dropped)
+        return _into(out, reference.backup(forest, tree_ids, path, depth, value, embedding))
+    dropped = torch.empty_like(tree_ids) if out is None else out
+    given = embedding if rows else None
+    _run(lane, "backup", forest, tree_ids, path, depth, value, given, rows, dropped, error=error)
     return dropped
 
 
-def best_child(forest: Forest, tree_ids: Tensor) -> BestChild:
+def best_child(
+    forest: Forest, tree_ids: Tensor, *, out: BestChild | None = None, error: Tensor | None = None
+) -> BestChild:
     """The child of each root with the most visits; of equals the one with the greater value, then the first.
 
     Shapes:
@@ -176,16 +222,24 @@ def best_child(forest: Forest, tree_ids: Tensor) -> BestChild:
     """
     n = _check_items(forest, tree_ids)
     lane = choose_lane("tree", forest.device)
+    real = {"visits", "value"}
+    if out is not None:
+        for name, tensor in zip(BestChild._fields, out, strict=True):
+            dtype = forest.dtype if name in real else torch.int32
+            check_tensor(f"out.{name}", tensor, device=forest.device, dtype=dtype, shape=(n,))
     if lane == "reference":
-        return reference.best_child(forest, tree_ids)
-    slot, direct = torch.empty_like(tree_ids), torch.empty_like(tree_ids)
-    visits = torch.empty(n, dtype=forest.dtype, device=forest.device)
-    value = torch.empty_like(visits)
-    _run(lane, "best_child", forest, tree_ids, slot, visits, direct, value)
-    return BestChild(slot, visits, direct, value)
+        return _into(out, reference.best_child(forest, tree_ids))
+    if out is None:
+        out = BestChild(
+            *(torch.empty_like(tree_ids, dtype=forest.dtype if f in real else None) for f in BestChild._fields)
+        )
+    _run(lane, "best_child", forest, tree_ids, *out, error=error)
+    return out
 
 
-def reroot(forest: Forest, tree_ids: Tensor, slots: Tensor) -> Tensor:
+def reroot(
+    forest: Forest, tree_ids: Tensor, slots: Tensor, *, out: Tensor | None = None, error: Tensor | None = None
+) -> Tensor:
     """Make a node of each tree its root; what does not lie below it is freed.
 
     The new root keeps its slot, n, fn, q and embedding; the priors of its children become (1 - mix) p + mix / k,
@@ -198,27 +252,34 @@ def reroot(forest: Forest, tree_ids: Tensor, slots: Tensor) -> Tensor:
     """
     n = _check_items(forest, tree_ids, slots=slots)
     lane = choose_lane("tree", forest.device)
+    shape = (n, forest.config.num_slots)
+    if out is not None:
+        check_tensor("out", out, device=forest.device, dtype=torch.bool, shape=shape)
     if lane == "reference":
-        return reference.reroot(forest, tree_ids, slots)
-    freed = torch.zeros((n, forest.config.num_slots), dtype=torch.bool, device=forest.device)
-    _run(lane, "reroot", forest, tree_ids, slots, freed)
+        return _into(out, reference.reroot(forest, tree_ids, slots))
+    freed = torch.zeros(shape, dtype=torch.bool, device=forest.device) if out is None else out.zero_()
+    _run(lane, "reroot", forest, tree_ids, slots, freed, error=error)
     return freed
 
 
-def mark_in_flight(forest: Forest, tree_ids: Tensor, path: Tensor, depth: Tensor) -> None:
+def mark_in_flight(
+    forest: Forest, tree_ids: Tensor, path: Tensor, depth: Tensor, *, error: Tensor | None = None
+) -> None:
     """Count the paths of leaves under evaluation: O += 1 on every node, so that `select` looks elsewhere (WU-UCT).
 
     Shapes and errors as in `backup`. Take each mark off with `unmark_in_flight` before its backup.
     """
-    _mark(forest, tree_ids, path, depth, 1)
+    _mark(forest, tree_ids, path, depth, 1, error)
 
 
-def unmark_in_flight(forest: Forest, tree_ids: Tensor, path: Tensor, depth: Tensor) -> None:
+def unmark_in_flight(
+    forest: Forest, tree_ids: Tensor, path: Tensor, depth: Tensor, *, error: Tensor | None = None
+) -> None:
     """Undo `mark_in_flight` for the same paths.
 
     Raises: as `backup`; RangeError where a node of the path is not marked.
     """
-    _mark(forest, tree_ids, path, depth, -1)
+    _mark(forest, tree_ids, path, depth, -1, error)
 
 
 def children(forest: Forest, tree_id: int, node: int) -> NodeStats:
@@ -258,14 +319,14 @@ def _stats(forest: Forest, tree_id: int, slots: list[int]) -> NodeStats:
     return NodeStats(at.to(torch.int32), visits, direct, values, priors)
 
 
-def _mark(forest: Forest, tree_ids: Tensor, path: Tensor, depth: Tensor, delta: int) -> None:
+def _mark(forest: Forest, tree_ids: Tensor, path: Tensor, depth: Tensor, delta: int, error: Tensor | None) -> None:
     n = _check_items(forest, tree_ids, depth=depth)
     _check_path(forest, path, n)
     lane = choose_lane("tree", forest.device)
     if lane == "reference":
         reference.mark(forest, tree_ids, path, depth, delta)
         return
-    _run(lane, "mark", forest, tree_ids, path, depth, delta)
+    _run(lane, "mark", forest, tree_ids, path, depth, delta, error=error)
 
 
 def _check_forest(forest: object) -> None:
@@ -300,9 +361,29 @@ def _check_node(forest: Forest, tree_id: int, node: int) -> None:
         )
 
 
-def _run(lane: Lane, op: str, forest: Forest, tree_ids: Tensor, *arguments: Tensor | int | None) -> None:
-    """Call `_C.tree_<op>` and raise what it reports."""
+def _check_out(forest: Forest, out: Tensor | None, n: int) -> None:
+    if out is not None:
+        check_tensor("out", out, device=forest.device, dtype=torch.int32, shape=(n,))
+
+
+def _into(out: Result | None, result: Result) -> Result:
+    """The reference's result, copied to the caller's tensors when there are any."""
+    if out is None:
+        return result
+    if isinstance(out, Tensor):
+        return out.copy_(result)
+    for to, made in zip(out, result, strict=True):
+        to.copy_(made)
+    return out
+
+
+def _run(
+    lane: Lane, op: str, forest: Forest, tree_ids: Tensor, *arguments: Tensor | int | None, error: Tensor | None
+) -> None:
+    """Call `_C.tree_<op>` and raise what it reports, unless that stays in the caller's `error`."""
     n = tree_ids.shape[0]
+    if error is not None:
+        check_tensor("error", error, device=forest.device, dtype=torch.int64, shape=(1,))
     if n == 0:
         return
     passed = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
@@ -310,7 +391,7 @@ def _run(lane: Lane, op: str, forest: Forest, tree_ids: Tensor, *arguments: Tens
         run = getattr(native(), f"tree_{op}")
         word = run(forest.native_view(), tree_ids.data_ptr(), n, *passed, torch.get_num_threads())
     else:
-        word = _run_cuda(op, forest, tree_ids, passed)
+        word = _run_cuda(op, forest, tree_ids, passed, error)
     if word != NO_ERROR:
         item = word // ERROR_STRIDE
         shown = [f"tree {int(tree_ids[item])}"]
@@ -319,15 +400,15 @@ def _run(lane: Lane, op: str, forest: Forest, tree_ids: Tensor, *arguments: Tens
         raise error_of_word(op, word, ", ".join(shown))
 
 
-def _run_cuda(op: str, forest: Forest, tree_ids: Tensor, passed: list[int]) -> int:
+def _run_cuda(op: str, forest: Forest, tree_ids: Tensor, passed: list[int], error: Tensor | None) -> int:
     with torch.cuda.device(forest.device):
-        error = torch.full((1,), NO_ERROR, dtype=torch.int64, device=forest.device)
+        word = error_word(forest) if error is None else error
         run = getattr(native(), f"tree_{op}_cuda")
         stream = torch.cuda.current_stream().cuda_stream
-        status = run(forest.native_view(), tree_ids.data_ptr(), tree_ids.shape[0], *passed, error.data_ptr(), stream)
+        status = run(forest.native_view(), tree_ids.data_ptr(), tree_ids.shape[0], *passed, word.data_ptr(), stream)
         if status:
             raise LaneError(f"{op}: the CUDA launch failed with {native().cuda_error_name(status)}")
-        return NO_ERROR if torch.cuda.is_current_stream_capturing() else int(error.item())
+        return NO_ERROR if error is not None or torch.cuda.is_current_stream_capturing() else int(word.item())
 
 
 # The same functions as torch ops, for torch.compile and CUDA graphs: a forest is passed as its tensors and its constants.
@@ -341,52 +422,9 @@ def _with_forest(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _fake_ints(fields: Sequence[Tensor], config: Sequence[float], tree_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(tree_ids)
-
-
-def _fake_select(
-    fields: Sequence[Tensor], config: Sequence[float], tree_ids: Tensor, skip_node: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    path = tree_ids.new_empty((tree_ids.shape[0], TreeConfig.from_floats(config).max_depth))
-    return torch.empty_like(tree_ids), torch.empty_like(tree_ids), path, torch.empty_like(tree_ids)
-
-
-def _fake_best_child(fields: Sequence[Tensor], config: Sequence[float], tree_ids: Tensor) -> tuple[Tensor, ...]:
-    real = fields[0].new_empty(tree_ids.shape)
-    return torch.empty_like(tree_ids), real, torch.empty_like(tree_ids), torch.empty_like(real)
-
-
-def _fake_reroot(fields: Sequence[Tensor], config: Sequence[float], tree_ids: Tensor, slots: Tensor) -> Tensor:
-    shape = (tree_ids.shape[0], TreeConfig.from_floats(config).num_slots)
-    return tree_ids.new_empty(shape, dtype=torch.bool)
-
-
-def _fake_nothing(fields: Sequence[Tensor], config: Sequence[float], *_: Any) -> None:
-    return None
-
-
-_SCHEMAS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
-    "tree_select": ("(Tensor[] fields, float[] config, Tensor tree_ids, Tensor? skip_node=None)"
-                    " -> (Tensor, Tensor, Tensor, Tensor)", select, _fake_select),
-    "tree_expand": ("(Tensor(a!)[] fields, float[] config, Tensor tree_ids, Tensor nodes, Tensor priors,"
-                    " Tensor num_children, Tensor set_length) -> Tensor", expand, _fake_ints),
-    "tree_add_child": ("(Tensor(a!)[] fields, float[] config, Tensor tree_ids, Tensor nodes, Tensor prior,"
-                       " *, bool mix=False) -> Tensor", add_child, _fake_ints),
-    "tree_backup": ("(Tensor(a!)[] fields, float[] config, Tensor tree_ids, Tensor path, Tensor depth, Tensor value,"
-                    " Tensor? embedding=None) -> Tensor", backup, _fake_ints),
-    "tree_best_child": ("(Tensor[] fields, float[] config, Tensor tree_ids) -> (Tensor, Tensor, Tensor, Tensor)",
-                        best_child, _fake_best_child),
-    "tree_reroot": ("(Tensor(a!)[] fields, float[] config, Tensor tree_ids, Tensor slots) -> Tensor",
-                    reroot, _fake_reroot),
-    "tree_mark_in_flight": ("(Tensor(a!)[] fields, float[] config, Tensor tree_ids, Tensor path, Tensor depth) -> ()",
-                            mark_in_flight, _fake_nothing),
-    "tree_unmark_in_flight": ("(Tensor(a!)[] fields, float[] config, Tensor tree_ids, Tensor path, Tensor depth) -> ()",
-                              unmark_in_flight, _fake_nothing),
-}  # fmt: skip
 _LIBRARY = torch.library.Library("rainkernels", "FRAGMENT")
-for _name, (_schema, _op, _fake) in _SCHEMAS.items():
+for _name, (_schema, _fake) in SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
     for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _with_forest(_op), _key)
+        _LIBRARY.impl(_name, _with_forest(globals()[_name.removeprefix("tree_")]), _key)
     torch.library.register_fake(f"rainkernels::{_name}", _fake, lib=_LIBRARY)

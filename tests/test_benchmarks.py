@@ -1,0 +1,319 @@
+"""The benchmark scripts run here on tiny shapes, so that the day a GPU is at hand only the GPU is new."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from acceptance.build import spills  # noqa: E402
+from acceptance.runner import Part, run_part  # noqa: E402
+from acceptance.summary import goals  # noqa: E402
+from kernel_bench.bench import OURS, Bench, Settings, Verdict, run_bench  # noqa: E402
+from kernel_bench.machine import Ceilings  # noqa: E402
+from kernel_bench.measure import CpuTimer, alternate, paired_ratio, quartiles, rounded  # noqa: E402
+from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu  # noqa: E402
+
+CEILINGS = Ceilings(1e10, 2e10, {"float32": 1e11})
+
+
+def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join((str(ROOT), str(ROOT / "python")))
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+# ---- bench_kernels ----------------------------------------------------------------------------------------------------
+
+
+def check_row(row: dict[str, Any]) -> None:
+    """What readers of a record rely on."""
+    assert row["status"] == "ok", row
+    assert row["checked"][OURS]["ok"]
+    assert row["lane"] == "cpu"
+    assert not row["failed"], row["failed"]
+    for label, times in row["times"].items():
+        assert 0 < times["min_us"] <= times["q1_us"] <= times["median_us"] <= times["q3_us"], label
+    assert set(row["ratio"]) == set(row["times"]) - {OURS}
+    if row["op"] != "tree search":
+        assert row["bytes"] > 0
+        assert row["floor_by"] in ("bytes", "flops")
+        assert row["share_of_floor"] == pytest.approx(row["floor_us"] / row["times"][OURS]["median_us"], rel=1e-2)
+
+
+def test_bench_kernels(tmp_path: Path) -> None:
+    """The file and the last line hold the same record. The dry run below goes through every family."""
+    options = ("--quick", "--ops", "attention,kv", "--device", "cpu", "--json", str(tmp_path / "a.json"))
+    done = script("benchmarks/bench_kernels.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record == json.loads((tmp_path / "a.json").read_text())
+    assert (record["op"], record["schema"], record["not_ok"]) == ("kernels", 1, [])
+    assert {row["family"] for row in record["rows"]} == {"attention", "kv"}
+    for row in record["rows"]:
+        check_row(row)
+    assert record["ceilings"]["bytes_per_s"] > 0
+    assert "gather + sdpa" in done.stdout.split('{"op"')[0]
+
+
+def test_unknown_family_is_refused() -> None:
+    done = script("benchmarks/bench_kernels.py", "--ops", "attention,logit")
+    assert done.returncode == 2
+    assert "no family logit" in done.stderr
+
+
+def bench(**changes: Any) -> Bench:
+    numbers = torch.arange(64.0)
+    good = [lambda: numbers + 1]
+    return Bench(**{
+        "op": "add", "case": "64", "dtype": torch.float32, "builders": {OURS: lambda: good, "other": lambda: good},
+        "verify": lambda label, run: Verdict(float((run() - numbers - 1).abs().max()), 0.0), "num_bytes": 512.0, **changes,
+    })  # fmt: skip
+
+
+def run_one(case: Bench) -> dict[str, Any]:
+    return run_bench(case, Settings(torch.device("cpu"), repeats=3), CpuTimer(1e-5), CEILINGS)
+
+
+def test_floor_is_the_larger_bound() -> None:
+    row = run_one(bench())
+    assert (row["floor_by"], row["floor_us"]) == ("bytes", pytest.approx(512 / 2e10 * 1e6, rel=1e-3))
+    row = run_one(bench(num_flops=1e6))
+    assert (row["floor_by"], row["floor_us"]) == ("flops", pytest.approx(10.0))
+
+
+def test_a_contender_that_fails_is_named_and_the_rest_is_timed() -> None:
+    def missing() -> Any:
+        raise ImportError("no such peer")
+
+    row = run_one(bench(builders={**bench().builders, "peer": missing}))
+    assert row["status"] == "ok"
+    assert row["failed"] == {"peer": "ImportError: no such peer"}
+    assert set(row["times"]) == {OURS, "other"}
+
+
+def test_a_wrong_kernel_is_not_timed() -> None:
+    """Ours decides about the row; a wrong peer is only left out. NaN never passes."""
+    wrong = {OURS: lambda: [lambda: torch.zeros(64)], "other": bench().builders["other"]}
+    row = run_one(bench(builders=wrong))
+    assert row["status"] == "wrong"
+    assert "times" not in row
+    row = run_one(bench(builders={OURS: wrong["other"], "other": wrong[OURS]}))
+    assert row["status"] == "ok"
+    assert row["failed"]["other"].startswith("off by")
+    row = run_one(bench(builders={OURS: lambda: [lambda: torch.full((64,), math.nan)]}))
+    assert row["status"] == "wrong"
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    timer = CpuTimer(0.0)
+    prepared = {name: timer.prepare([lambda name=name: order.append(name)]) for name in "ab"}
+    order.clear()
+    samples = alternate(prepared, 4, 60.0)
+    assert "".join(order) == "abababab"
+    assert [len(taken) for taken in samples.values()] == [4, 4]
+    assert [len(taken) for taken in alternate(prepared, 50, 0.0).values()] == [3, 3]
+
+
+def test_statistics() -> None:
+    assert quartiles([5.0]) == (5.0, 5.0, 5.0)
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert paired_ratio([2.0, 6.0, 4.0], [1.0, 2.0, 4.0])["median"] == 2.0
+    assert rounded({"a": [1.23456789, math.nan], "b": "x"}) == {"a": [1.235, None], "b": "x"}
+
+
+# ---- gpu_acceptance ---------------------------------------------------------------------------------------------------
+
+DRY = ("environment", "build", "doctor", "cases", "kernels", "decode_step")
+
+
+def check_acceptance(record: dict[str, Any]) -> None:
+    assert (record["kind"], record["schema"], record["dry_run"]) == ("gpu_acceptance", 1, True)
+    assert record["failed"] == [], {name: record["parts"][name]["tail"] for name in record["failed"]}
+    assert list(record["parts"]) == record["planned"]
+    for part in record["parts"].values():
+        assert (part["status"], part["rc"]) == ("ok", 0)
+    parts = {name: part.get("result") for name, part in record["parts"].items()}
+    assert parts["cases"]["wrong"] == 0
+    assert {row["family"] for row in parts["cases"]["rows"]} == {"attention", "kv", "tree", "logits", "edits"}
+    assert parts["build"]["module"]["isa"]
+    assert {row["family"] for row in parts["kernels"]["rows"]} == {"attention", "kv", "tree", "logits", "edits"}
+    for row in parts["kernels"]["rows"]:
+        check_row(row)
+    for row in parts["decode_step"]["rows"]:
+        assert row["status"] == "ok"
+        # Our logits over the tree are transformers' over a cache per branch, growing or static.
+        assert [check["ok"] for check in row["checked"].values()] == [True, True]
+        assert {"engine", "stock"} <= set(row["times"])
+        assert row["floor_us"] > 0
+    assert all(goal["met"] is None for goal in record["goals"])  # nothing on a CPU counts
+
+
+def test_acceptance_dry_run(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "acceptance.json"
+    done = script("benchmarks/gpu_acceptance.py", "--dry-run", "--parts", ",".join(DRY), "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_acceptance(json.loads(out.read_text()))
+
+
+@pytest.mark.slow
+def test_acceptance_dry_run_of_the_other_parts(tmp_path: Path) -> None:
+    out = tmp_path / "acceptance.json"
+    done = script("benchmarks/gpu_acceptance.py", "--dry-run", "--parts", "tests,sanitizer", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads(out.read_text())["parts"]
+    assert parts["tests"]["result"]["failed"] == 0
+    assert parts["sanitizer"]["result"]["wrong"] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_sentence(tmp_path: Path) -> None:
+    done = script("benchmarks/gpu_acceptance.py", "--out", str(tmp_path / "a.json"))
+    assert done.returncode == 2
+    assert done.stdout.count("\n") == 1
+    assert "no CUDA GPU" in done.stdout
+    assert not (tmp_path / "a.json").exists()
+
+
+def part(code: str, **changes: Any) -> Part:
+    return Part(**{"name": "p", "command": (sys.executable, "-c", code, "{result}"), "budget_s": 10.0, **changes})
+
+
+def test_part_that_fails(tmp_path: Path) -> None:
+    found = run_part(part("print('before'); raise SystemExit(3)"), 60, tmp_path)
+    assert (found["status"], found["rc"], found["reason"]) == ("failed", 3, "exit code 3")
+    assert found["tail"] == "before\n"
+    found = run_part(part("import os; os.abort()"), 60, tmp_path)
+    assert (found["status"], found["rc"]) == ("failed", -6)
+
+
+def test_part_that_hangs_keeps_what_it_had_found(tmp_path: Path) -> None:
+    """It is ended with everything it started; the file it wrote before counts."""
+    code = (
+        "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        "open(sys.argv[1], 'w').write('{\"pid\": %d}' % child.pid); time.sleep(600)"
+    )
+    found = run_part(part(code), 8, tmp_path)
+    assert (found["status"], found["rc"], found["timed_out"]) == ("failed", None, True)
+    child = found["result"]["pid"]
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_part_without_its_program_or_time(tmp_path: Path) -> None:
+    assert run_part(part("", needs="no-such-program"), 60, tmp_path)["status"] == "skipped"
+    assert run_part(part("raise SystemExit(0)"), 1.0, tmp_path)["reason"] == "no time was left for it"
+    missing = run_part(part("", command=("no-such-program",)), 60, tmp_path)
+    assert (missing["status"], missing["reason"][:22]) == ("failed", "it could not be starte")
+
+
+def test_pytest_results_are_counted(tmp_path: Path) -> None:
+    xml = (
+        "<testsuites><testsuite><testcase classname='a' name='x'/><testcase classname='a' name='y'><failure/></testcase>"
+        "<testcase classname='b' name='z'><skipped/></testcase></testsuite></testsuites>"
+    )
+    found = run_part(part(f"import sys; open(sys.argv[1], 'w').write({xml!r})"), 60, tmp_path)
+    assert found["result"] == {"tests": 3, "passed": 1, "failed": 1, "skipped": 1, "failures": ["a::y"]}
+
+
+def test_spills_are_read_from_the_compiler() -> None:
+    text = "ptxas info : Used 40 registers, 400 bytes cmem[0]\n 8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
+    assert spills(text) == {"ptxas_kernels": 1, "ptxas_max_registers": 40, "ptxas_spill_bytes": 16}
+
+
+# ---- goals and tables -------------------------------------------------------------------------------------------------
+
+
+def kernel_row(op: str, case: str, median: float, **more: Any) -> dict[str, Any]:
+    return {
+        "op": op, "case": case, "status": "ok", "times": {OURS: {"median_us": median}}, "ratio": {}, "gb_per_s": 1234.5,
+        "share_of_floor": 0.5, "share_of_h200_floor": 0.625, **more,
+    }  # fmt: skip
+
+
+def acceptance(failed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A record as a GPU machine would write it."""
+    alone = "add + RMSNorm alone, same lane"
+    fan = "40 x 32 over 4096, 32/8 heads, D 128, bfloat16"
+    edits = "fused, 40 x 4096, k = 4, own slot each, bfloat16 directions"
+    rows = [
+        kernel_row("attention", fan, 50.0, flops=2e9, gflop_per_s=40.0, ratio={"two-part flash": {"median": 1.5}}),
+        kernel_row(
+            "edits", edits, 6.0, notes={"rows": 40, "fused": True, "own_slots": True},
+            times={OURS: {"median_us": 6.0}, alone: {"median_us": 4.0}},
+        ),
+    ]  # fmt: skip
+    step = {
+        "model": "7b", "branches": 40, "prefix": 4096, "status": "ok",
+        "times": {"engine": {"median_us": 9e3, "share_of_floor": 0.4}, "engine, CUDA graph": {"median_us": 8e3, "share_of_floor": 0.45}},
+        "ratio": {"stock / engine, CUDA graph": {"median": 5.5}},
+    }  # fmt: skip
+    facts = {"device": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "commit": "abc"}
+    return {
+        "kind": "gpu_acceptance", "dry_run": False, "utc": "2026-12-01T00:00:00Z", "failed": list(failed),
+        "parts": {"kernels": {"result": {**facts, "rows": rows}}, "decode_step": {"result": {"rows": [step]}}},
+    }  # fmt: skip
+
+
+def test_goals() -> None:
+    found = {goal["name"]: goal for goal in goals(acceptance()["parts"])}
+    share = found["attention, 40 branches over 4k: share of the floor"]
+    assert (share["measured"], share["met"]) == (0.625, True)
+    assert found["attention, 40 branches over 4k: time of two-part flash over ours"]["met"] is True
+    assert found["attention, 40 branches over 4k: time of FlashInfer cascade over ours"]["met"] is None
+    assert found["attention, 160 branches over 4k: share of the floor"]["met"] is None
+    added = found["edits, fused, own slots: share added to a 7B decode step of 40 rows"]
+    assert added["measured"] == pytest.approx(32 * 2.0 / 8e3)
+    assert added["met"] is True
+
+
+def test_gpu_table(tmp_path: Path) -> None:
+    """Without a record every cell says so; with one, what was measured stands there and the rest still says so."""
+    assert newest_gpu(tmp_path) is None
+    empty = gpu(None)
+    assert empty.count(NONE) == 10
+    (tmp_path / "h200-b.json").write_text(json.dumps(acceptance(("sanitizer",))))
+    (tmp_path / "h200-a.json").write_text(json.dumps(acceptance() | {"dry_run": True, "utc": "2027-01-01T00:00:00Z"}))
+    text = gpu(newest_gpu(tmp_path))
+    assert text.count(NONE) == 7
+    assert "50.0 us, 40 GFLOP/s | 0.62 | 1.50x two-part flash" in text
+    assert "8.00 ms | 0.45 | 5.5x stock |" in text
+    assert "Parts that failed: sanitizer." in text
+    assert [line.split(" | ")[:2] for line in empty.splitlines()[4:]] == [
+        line.split(" | ")[:2] for line in text.splitlines()[4:]
+    ]
+
+
+def test_cpu_table(tmp_path: Path) -> None:
+    """Newest full record of each family; quick ones do not count."""
+    machine = {"op": "kernels", "device": "cpu x", "threads": 2, "torch": "2", "isa": "avx512"}
+
+    def line(family: str, median: float, **more: Any) -> str:
+        row = kernel_row(family, "case", median, family=family, ratio={"plain": {"median": 2.5}})
+        return json.dumps(machine | {"rows": [row], **more}) + "\n"
+
+    records = line("attention", 1.0) + line("kv", 7.0) + line("attention", 3.0) + line("attention", 5.0, quick=True)
+    (tmp_path / "cpu.jsonl").write_text(records)
+    text = kernels(cpu_rows(tmp_path))
+    assert "| attention | case | 3.0 us, 1,234.5 GB/s | 2.5x plain |" in text
+    assert "| kv | case | 7.0 us" in text
+    assert "cpu x, 2 threads, avx512" in text
+    assert NONE in kernels([])
+
+
+def test_readme_is_up_to_date() -> None:
+    done = script("benchmarks/update_readme.py", "--check")
+    assert done.returncode == 0, done.stderr
