@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "cpu/attention_items.h"
+
 namespace py = pybind11;
 using rainkernels::AttentionParams;
 using rainkernels::Dtype;
@@ -35,6 +37,14 @@ void bind_attention(py::module_& m) {
     const auto layout = rainkernels::build_layout(
         plan_inputs(parent, start, indptr, segments, slots, keys, row_segment, row_position, rows), group);
     return py::bytearray(reinterpret_cast<const char*>(layout.data()), layout.size() * sizeof(int32_t));
+  });
+  m.def("attention_items", [](address parent, address start, address indptr, int segments, address slots, int64_t keys,
+                              address row_segment, address row_position, int rows, int group, int rows_wide,
+                              int rows_narrow, int chunk, int levels) {
+    const auto table = rainkernels::build_items(
+        plan_inputs(parent, start, indptr, segments, slots, keys, row_segment, row_position, rows),
+        {group, rows_wide, rows_narrow, chunk, levels});
+    return py::bytearray(reinterpret_cast<const char*>(table.data()), table.size() * sizeof(int32_t));
   });
   m.def("attention_workspace_floats", [](address layout, int qo_heads, int kv_heads, int dim, int dim_v, int threads) {
     AttentionParams p{};

@@ -23,7 +23,17 @@ struct PlanCheck {
   int32_t max_slot;
 };
 
+// Segments and rows in depth-first order: the rows at and below a segment are one interval, its own rows first.
+struct AttentionForest {
+  std::vector<int32_t> rank;            // [segments] place in depth-first order
+  std::vector<int32_t> segment_at;      // inverse of rank
+  std::vector<int32_t> subtree;         // [segments] segments at and below
+  std::vector<int32_t> row_lo, row_hi;  // [segments] sorted rows below, the segment's own included
+  std::vector<int32_t> row_order;       // [rows]
+};
+
 PlanCheck check_plan(const PlanInputs& in);
+AttentionForest order_forest(const PlanInputs& in);
 std::vector<int32_t> build_layout(const PlanInputs& in, int group);
 
 int64_t attention_workspace_floats(const AttentionParams& p);

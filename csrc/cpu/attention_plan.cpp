@@ -15,54 +15,6 @@ int length_of(const PlanInputs& in, int s) {
   return in.indptr[s + 1] - in.indptr[s];
 }
 
-struct Forest {
-  std::vector<int32_t> rank;            // [segments] place in depth-first order
-  std::vector<int32_t> segment_at;      // inverse of rank
-  std::vector<int32_t> row_lo, row_hi;  // [segments] sorted rows below, the segment's own included
-  std::vector<int32_t> row_order;       // [rows]
-};
-
-Forest order_forest(const PlanInputs& in) {
-  const int n = in.num_segments;
-  Forest f;
-  std::vector<int32_t> subtree(n, 1), next(n);
-  for (int s = n - 1; s >= 0; --s)
-    if (in.parent[s] >= 0) subtree[in.parent[s]] += subtree[s];
-  f.rank.resize(n);
-  int roots = 0;
-  for (int s = 0; s < n; ++s) {
-    int& place = in.parent[s] < 0 ? roots : next[in.parent[s]];
-    f.rank[s] = place;
-    place += subtree[s];
-    next[s] = f.rank[s] + 1;
-  }
-  f.segment_at.resize(n);
-  for (int s = 0; s < n; ++s) f.segment_at[f.rank[s]] = s;
-
-  f.row_order.resize(in.num_rows);
-  std::iota(f.row_order.begin(), f.row_order.end(), 0);
-  const auto key = [&](int32_t t) {
-    const int s = in.row_segment[t];
-    const uint64_t place = s < 0 ? static_cast<uint64_t>(n) : static_cast<uint64_t>(f.rank[s]);
-    return place << 32 | static_cast<uint32_t>(s < 0 ? 0 : in.row_position[t]);
-  };
-  const auto before = [&](int32_t a, int32_t b) { return key(a) < key(b); };
-  if (!std::is_sorted(f.row_order.begin(), f.row_order.end(), before)) {
-    std::stable_sort(f.row_order.begin(), f.row_order.end(), before);
-  }
-  std::vector<int32_t> first(n + 1, 0);  // rows before each rank
-  for (int t = 0; t < in.num_rows; ++t)
-    if (in.row_segment[t] >= 0) ++first[f.rank[in.row_segment[t]] + 1];
-  std::partial_sum(first.begin(), first.end(), first.begin());
-  f.row_lo.resize(n);
-  f.row_hi.resize(n);
-  for (int s = 0; s < n; ++s) {
-    f.row_lo[s] = first[f.rank[s]];
-    f.row_hi[s] = first[f.rank[s] + subtree[s]];
-  }
-  return f;
-}
-
 // Grows the entries of one block, chunk by chunk.
 class BlockBuilder {
  public:
@@ -124,8 +76,8 @@ class BlockBuilder {
 };
 
 // Adds every segment that rows [row0, row1) pass through, depth first.
-void add_block(const PlanInputs& in, const Forest& f, int row0, int row1, std::vector<int32_t>& seen, int stamp,
-               std::vector<int32_t>& ranks, BlockBuilder& builder) {
+void add_block(const PlanInputs& in, const AttentionForest& f, int row0, int row1, std::vector<int32_t>& seen,
+               int stamp, std::vector<int32_t>& ranks, BlockBuilder& builder) {
   ranks.clear();
   for (int i = row0; i < row1; ++i) {
     for (int s = in.row_segment[f.row_order[i]]; s >= 0 && seen[s] != stamp; s = in.parent[s]) {
@@ -152,6 +104,48 @@ int32_t put(std::vector<int32_t>& out, const std::vector<int32_t>& values) {
 }
 
 }  // namespace
+
+AttentionForest order_forest(const PlanInputs& in) {
+  const int n = in.num_segments;
+  AttentionForest f;
+  f.subtree.assign(n, 1);
+  std::vector<int32_t> next(n);
+  for (int s = n - 1; s >= 0; --s)
+    if (in.parent[s] >= 0) f.subtree[in.parent[s]] += f.subtree[s];
+  f.rank.resize(n);
+  int roots = 0;
+  for (int s = 0; s < n; ++s) {
+    int& place = in.parent[s] < 0 ? roots : next[in.parent[s]];
+    f.rank[s] = place;
+    place += f.subtree[s];
+    next[s] = f.rank[s] + 1;
+  }
+  f.segment_at.resize(n);
+  for (int s = 0; s < n; ++s) f.segment_at[f.rank[s]] = s;
+
+  f.row_order.resize(in.num_rows);
+  std::iota(f.row_order.begin(), f.row_order.end(), 0);
+  const auto key = [&](int32_t t) {
+    const int s = in.row_segment[t];
+    const uint64_t place = s < 0 ? static_cast<uint64_t>(n) : static_cast<uint64_t>(f.rank[s]);
+    return place << 32 | static_cast<uint32_t>(s < 0 ? 0 : in.row_position[t]);
+  };
+  const auto before = [&](int32_t a, int32_t b) { return key(a) < key(b); };
+  if (!std::is_sorted(f.row_order.begin(), f.row_order.end(), before)) {
+    std::stable_sort(f.row_order.begin(), f.row_order.end(), before);
+  }
+  std::vector<int32_t> first(n + 1, 0);  // rows before each rank
+  for (int t = 0; t < in.num_rows; ++t)
+    if (in.row_segment[t] >= 0) ++first[f.rank[in.row_segment[t]] + 1];
+  std::partial_sum(first.begin(), first.end(), first.begin());
+  f.row_lo.resize(n);
+  f.row_hi.resize(n);
+  for (int s = 0; s < n; ++s) {
+    f.row_lo[s] = first[f.rank[s]];
+    f.row_hi[s] = first[f.rank[s] + f.subtree[s]];
+  }
+  return f;
+}
 
 PlanCheck check_plan(const PlanInputs& in) {
   const auto fault = [](PlanRule rule, int64_t index) { return PlanCheck{rule, index, -1}; };
@@ -183,7 +177,7 @@ PlanCheck check_plan(const PlanInputs& in) {
 }
 
 std::vector<int32_t> build_layout(const PlanInputs& in, int group) {
-  const Forest f = order_forest(in);
+  const AttentionForest f = order_forest(in);
   LayoutHeader h{};
   h.num_rows = in.num_rows;
   h.group = group;
