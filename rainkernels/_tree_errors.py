@@ -78,7 +78,8 @@ def tree_error(op: str, code: int, item: int, given: str = "") -> RainKernelsErr
     """The typed error for item `item` of a call of `op`; `given` shows the item's arguments."""
     reason = TreeError(code)
     argument = _ARGUMENTS[reason]
-    name = argument if isinstance(argument, str) else argument[op]
+    # Whoever reads an error word later may not know which op left it.
+    name = argument if isinstance(argument, str) else argument.get(op) or " or ".join(dict.fromkeys(argument.values()))
     kind = ShapeError if reason in _VALUE_ERRORS else RangeError
     return kind(f"{op}: {name}, item {item}{f' ({given})' if given else ''}: {_MESSAGES[reason]}")
 
