@@ -311,6 +311,7 @@ def test_cpu_table(tmp_path: Path) -> None:
     assert "| attention | case | 3.0 us, 1,234.5 GB/s | 2.5x plain |" in text
     assert "| kv | case | 7.0 us" in text
     assert "cpu x, 2 threads, avx512" in text
+    assert text.count(NONE) == 3  # the families without a record
     assert NONE in kernels([])
 
 
