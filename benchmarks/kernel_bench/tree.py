@@ -48,7 +48,7 @@ def make(op: str, trees: int, simulations: int, settings: Settings) -> Bench:
     depth = float(step.chosen.depth.float().mean())
     path_bytes = trees * depth * _DIM * 4
     num_bytes = trees * depth * 64 if op == "select" else 3 * path_bytes
-    notes = {"mean_depth": depth, "per_second": "trees / median"}
+    notes = {"mean_depth": depth}
     return Bench(
         op,
         f"{trees} trees",
