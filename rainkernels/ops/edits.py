@@ -137,8 +137,8 @@ def add_edit_rmsnorm(
     if not known:
         _check_fused(x, residual, weight, table, slots, eps, tap, weight_offset, cast, out)
         _remember(calls, signature)
-    if residual.data_ptr() in (x.data_ptr(), 0 if out is None else out.data_ptr()) and x.numel():
-        raise StrideError("residual shares its memory with x or out and is written while they are read: clone it")
+    if x.numel():
+        _check_sharing(x, residual, out)
     normed = x.new_empty(x.shape) if out is None else out
     lane = choose_lane("edits", x.device)
     if lane == "cpu":
@@ -233,8 +233,6 @@ def _check_fused(
         _check_table(x, table, slots)
     if out is not None:
         _check_rows("out", out, x, written=True)
-        if out.data_ptr() == x.data_ptr() and out.stride() != x.stride():
-            raise StrideError("out begins where x does but has other strides: pass x itself, or its own memory")
     if tap not in TAPS:
         raise RangeError(f"tap is {tap!r}, allowed: {', '.join(TAPS)}")
     if cast not in CASTS:
@@ -243,6 +241,15 @@ def _check_fused(
         raise RangeError(f"eps is {eps}, it must be finite and >= 0")
     if not (isinstance(offset, (int, float)) and math.isfinite(offset)):
         raise RangeError(f"weight_offset is {offset}, it must be finite; 1.0 for Gemma, 0.0 otherwise")
+
+
+def _check_sharing(x: Tensor, residual: Tensor, out: Tensor | None) -> None:
+    """At every call: addresses are no part of a signature."""
+    start, at = x.data_ptr(), 0 if out is None else out.data_ptr()
+    if residual.data_ptr() in (start, at):
+        raise StrideError("residual shares its memory with x or out and is written while they are read: clone it")
+    if at == start and out is not None and out.stride() != x.stride():
+        raise StrideError("out begins where x does but has other strides: pass x itself, or its own memory")
 
 
 def _weight_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:

@@ -332,7 +332,7 @@ def _stored(name: str, vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     if not bool((largest > 0).all()):
         at = int((largest[:, 0] == 0).nonzero()[0])
         raise RangeError(f"{name}[{at}] is the zero vector, which is no direction: leave it out")
-    vectors = vectors / largest
+    vectors = (vectors / largest).contiguous()  # columns of a transposed matrix may have been given
     stored = (vectors / vectors.norm(dim=-1, keepdim=True)).to(torch.float32).to(dtype)
     # Rounded to float32 here, so that the Gram matrix belongs to the very factors the kernels use.
     return stored, (1.0 / stored.double().norm(dim=-1)).to(torch.float32).double()

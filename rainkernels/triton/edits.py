@@ -1,0 +1,147 @@
+"""Launchers of the edits family's Triton lane. Reached through rainkernels.ops.edits, which checks every argument.
+
+A launch allocates nothing and looks at no value: slots and tables are read on the device, so a captured graph follows
+them. Rows up to MAX_REGISTER_ROW elements stay in registers; wider ones are walked in blocks. A shared basis runs as
+tiles of sixteen rows. Bits of a row depend on the row and its slot alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rainkernels.triton.aot import AotKernel
+from rainkernels.triton.edits_basis import ROWS, edit_basis_kernel
+from rainkernels.triton.edits_rows import edit_row_kernel, edit_wide_row_kernel
+
+if TYPE_CHECKING:
+    from rainkernels.ops.edits import BasisTable, EditTable
+
+__all__ = ["MAX_REGISTER_ROW", "add_edit_rmsnorm", "aot_kernels", "edit_"]
+
+MAX_REGISTER_ROW = 8192
+
+
+def edit_(x: Tensor, table: EditTable | BasisTable, slots: Tensor) -> None:
+    """Arguments of `rainkernels.ops.edits.edit_`, checked; x has elements."""
+    _launch(x, table, slots, x, x, x, 0.0, 0.0, {"FUSED": False, "BLOCK_OUT": False, "GEMMA": False})
+
+
+def add_edit_rmsnorm(
+    x: Tensor, residual: Tensor, weight: Tensor, table: EditTable | BasisTable | None, slots: Tensor | None, out: Tensor,
+    eps: float, tap: str, weight_offset: float, cast: str,
+) -> None:  # fmt: skip
+    """Arguments of `rainkernels.ops.edits.add_edit_rmsnorm`, checked; x has elements. Writes residual and out."""
+    flags = {"FUSED": True, "BLOCK_OUT": tap == "block_out", "GEMMA": cast == "gemma"}
+    _launch(x, table, slots, residual, weight, out, eps, weight_offset, flags)
+
+
+def _launch(
+    x: Tensor, table: Any, slots: Tensor | None, residual: Tensor, weight: Tensor, out: Tensor, eps: float, offset: float,
+    flags: dict[str, bool],
+) -> None:  # fmt: skip
+    place = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    rows, hidden = x.shape
+    strides = (x.stride(0), residual.stride(0), out.stride(0))
+    with place:
+        if hasattr(table, "basis"):
+            tensors = (slots, table.basis, table.scale, table.op, table.alpha, table.target, table.norm)
+            tile_rows = int(ROWS.value)
+            edit_basis_kernel[(-(-rows // tile_rows),)](
+                x, residual, out, weight, *tensors, *strides, rows, table.num_slots, table.max_directions, hidden,
+                eps, offset, **flags, **_basis_constants(table.max_directions, x.dtype, table.basis.dtype),
+            )  # fmt: skip
+            return
+        # Without a table the pointers stand for nothing and are not followed.
+        tensors, sizes = (x,) * 9, (1, 1)
+        if table is not None:
+            tensors = (
+                slots, table.directions, table.scale, table.gram, table.op, table.alpha, table.target, table.count,
+                table.norm,
+            )  # fmt: skip
+            sizes = (table.num_slots, table.max_directions)
+        kernel = edit_row_kernel if hidden <= MAX_REGISTER_ROW else edit_wide_row_kernel
+        kernel[(rows,)](
+            x, residual, out, weight, *tensors, *strides, *sizes, hidden, eps, offset,
+            **flags, EDITS=table is not None, **_row_constants(hidden, sizes[1]),
+        )  # fmt: skip
+
+
+def _power_of_two(n: int, least: int) -> int:
+    while least < n:
+        least *= 2
+    return least
+
+
+def _row_constants(hidden: int, num_directions: int) -> dict[str, int]:
+    """In registers: sixteen elements per thread, so that four directions fit beside the row. Wide: blocks."""
+    if hidden > MAX_REGISTER_ROW:
+        return {"BLOCK": 4096, "ROOM": _power_of_two(num_directions, 4), "num_warps": 8, "num_stages": 2}
+    block = _power_of_two(hidden, 128)
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512)), "num_stages": 1}
+
+
+def _basis_constants(num_directions: int, rows: torch.dtype, basis: torch.dtype) -> dict[str, int | bool]:
+    """Room for all directions, and blocks that keep a tile of them at 8,192 elements."""
+    room = _power_of_two(num_directions, 16)
+    narrow = rows == basis == torch.bfloat16
+    return {
+        "NARROW": narrow, "BLOCK": max(32, min(128, 8192 // room)), "ROOM": room, "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip
+
+
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_FORMS: dict[str, dict[str, bool]] = {
+    "edit": {"FUSED": False, "BLOCK_OUT": False, "GEMMA": False},
+    "mlp_out-llama": {"FUSED": True, "BLOCK_OUT": False, "GEMMA": False},
+    "block_out-gemma": {"FUSED": True, "BLOCK_OUT": True, "GEMMA": True},
+}
+_FLOAT_TABLE, _INT_TABLE = ("scale", "gram", "alpha", "target"), ("slots", "op", "count", "norm")
+
+
+def aot_kernels() -> list[AotKernel]:
+    """The launchers' configurations: row sizes from the smallest to the largest of each kind, all forms and dtypes."""
+    found = []
+    pairs = [(t, t) for t in _TYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+    for (rows, stored), (form, flags) in itertools.product(pairs, _FORMS.items()):
+        tag = f"{form}-{_TYPES[rows][1:]}-{_TYPES[stored][1:]}"
+        for hidden in (100, 4096, 8192) if rows == stored else (8192,):
+            constants = flags | {"EDITS": True} | _row_constants(hidden, 4)
+            found.append(_aot(f"edits_row-{tag}-d{hidden}", edit_row_kernel, rows, stored, constants))
+        for room in (4, 256) if rows == stored else (8,):
+            constants = flags | {"EDITS": True} | _row_constants(16384, room)
+            found.append(_aot(f"edits_wide-{tag}-k{room}", edit_wide_row_kernel, rows, stored, constants))
+        for room in (16, 64, 256) if rows == stored else (64,):
+            constants = flags | _basis_constants(room, rows, stored)
+            found.append(_aot(f"edits_basis-{tag}-r{room}", edit_basis_kernel, rows, stored, constants))
+    for rows, gemma in itertools.product(_TYPES, (False, True)):
+        flags = {"FUSED": True, "BLOCK_OUT": False, "GEMMA": gemma, "EDITS": False}
+        name = f"{'gemma' if gemma else 'llama'}-{_TYPES[rows][1:]}"
+        for kernel, hidden in ((edit_row_kernel, 8192), (edit_wide_row_kernel, 16384)):
+            constants = flags | _row_constants(hidden, 1)
+            found.append(_aot(f"edits_plain-{name}-d{hidden}", kernel, rows, rows, constants))
+    return found
+
+
+def _aot(name: str, fn: Any, rows: torch.dtype, stored: torch.dtype, constants: dict[str, Any]) -> AotKernel:
+    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    names = [n for n in fn.arg_names if n not in constants]
+    edits = constants.get("EDITS", True)
+    types = dict.fromkeys(names, "i32") | {"eps": "fp32", "offset": "fp32"}
+    for n in names:
+        if n in ("x", "residual", "out", "weight") or (not edits and n in (*_FLOAT_TABLE, *_INT_TABLE)):
+            types[n] = _TYPES[rows]
+        elif n in ("directions", "basis"):
+            types[n] = _TYPES[stored]
+        elif n in _FLOAT_TABLE:
+            types[n] = "*fp32"
+        elif n in _INT_TABLE:
+            types[n] = "*i32"
+    # Row sizes and strides that are multiples of 16, as all common models have them.
+    loose = ("eps", "offset", "num_rows", "num_slots", "num_directions", *(("hidden",) if "-d100" in name else ()))
+    aligned = tuple(n for n in names if n not in loose)
+    return AotKernel(name, fn, types, constants, warps, stages, aligned)
