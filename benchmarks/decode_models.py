@@ -41,7 +41,7 @@ def build_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrain
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    return model.to(device, dtype).eval()
+    return model.to(device).eval()  # no cast: rotary frequencies stay float32
 
 
 class ForestStep:

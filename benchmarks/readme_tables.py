@@ -43,6 +43,7 @@ def kernels(rows: list[Row]) -> str:
     for row in rows:
         against = ", ".join(_against(label, each) for label, each in row["ratio"].items())
         cells.append([row["op"], row["case"], _measured(row), against or "-"])
+    cells += [[name, "", NONE, ""] for name in _FAMILIES if not any(row["family"] == name for row in rows)]
     note = (
         f"Medians, contenders in turns in one run ({where}; `make bench`). A ratio is the others' time over ours:\n\n"
     )

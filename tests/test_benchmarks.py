@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +20,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import readme_tables  # noqa: E402
+from acceptance import summary  # noqa: E402
 from acceptance.build import spills  # noqa: E402
 from acceptance.runner import Part, run_part  # noqa: E402
 from acceptance.summary import goals  # noqa: E402
+from bench_kernels import FAMILIES  # noqa: E402
+from decode_step import Wall  # noqa: E402
 from kernel_bench.bench import OURS, Bench, Settings, Verdict, run_bench  # noqa: E402
 from kernel_bench.machine import Ceilings  # noqa: E402
-from kernel_bench.measure import CpuTimer, alternate, paired_ratio, quartiles, rounded  # noqa: E402
+from kernel_bench.measure import CpuTimer, CudaTimer, alternate, paired_ratio, quartiles, rounded  # noqa: E402
 from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu  # noqa: E402
 
 CEILINGS = Ceilings(1e10, 2e10, {"float32": 1e11})
@@ -133,6 +141,103 @@ def test_statistics() -> None:
     assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
     assert paired_ratio([2.0, 6.0, 4.0], [1.0, 2.0, 4.0])["median"] == 2.0
     assert rounded({"a": [1.23456789, math.nan], "b": "x"}) == {"a": [1.235, None], "b": "x"}
+
+
+def test_cases_of_a_gpu_are_those_the_goals_and_tables_name() -> None:
+    """A goal or README line whose case is renamed would read "not measured" for ever."""
+    settings = Settings(torch.device("cuda"))
+    names = {
+        name for family in FAMILIES for name, _ in importlib.import_module(f"kernel_bench.{family}").makers(settings)
+    }
+    wanted: set[str] = set()
+
+    def noted(rows: Any, op: str, case: str) -> None:
+        wanted.add(f"{op}, {case}" if op in ("select", "backup") else case)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readme_tables, "_find", noted)
+        patch.setattr(summary, "_find", noted)
+        gpu(acceptance())
+        goals({})
+    assert len(wanted) == 8
+    assert wanted <= names
+
+
+class FakeCuda:
+    """Stands in for torch.cuda: a graph that counts replays, events a millisecond apart for each call in between."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capture_fails: bool = False) -> None:
+        self.calls = self.replays = 0
+        self.capture_fails = capture_fails
+        nothing = SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in {
+            "Stream": lambda device: nothing, "current_stream": lambda device: nothing, "synchronize": lambda device: None,
+            "stream": lambda stream: contextlib.nullcontext(), "graph": self.capture, "CUDAGraph": lambda: self,
+            "Event": lambda enable_timing: FakeEvent(self),
+        }.items():  # fmt: skip
+            patch.setattr(torch.cuda, name, value)
+
+    @contextlib.contextmanager
+    def capture(self, graph: FakeCuda) -> Iterator[None]:
+        yield
+        if self.capture_fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def run(self) -> None:
+        self.calls += 1
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.calls += 2  # the graph holds one call on each of two sets of inputs
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+
+    def record(self) -> None:
+        self.at = self.cuda.calls
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return float(end.at - self.at)
+
+
+@pytest.mark.parametrize("capture_fails", [False, True])
+def test_cuda_timer(monkeypatch: pytest.MonkeyPatch, capture_fails: bool) -> None:
+    """Replays where a call can be captured, plain calls where it cannot; microseconds of one call either way."""
+    cuda = FakeCuda(monkeypatch, capture_fails)
+    prepared = CudaTimer(torch.device("cuda")).prepare([cuda.run, cuda.run])
+    before = cuda.replays
+    assert prepared.sample() == pytest.approx(1000.0)
+    assert prepared.timer == ("events" if capture_fails else "graph")
+    assert (cuda.replays > before) is not capture_fails
+    if capture_fails:
+        assert prepared.capture_error == "RuntimeError: operation not permitted when stream is capturing"
+    else:
+        assert prepared.eager is not None
+        assert prepared.eager() == pytest.approx(1000.0)
+
+
+def test_host_contenders_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of host work is empty and would look infinitely fast."""
+    cuda = FakeCuda(monkeypatch)
+    case = bench(on_host=frozenset({"other"}))
+    row = run_bench(case, Settings(torch.device("cpu"), repeats=3), CudaTimer(torch.device("cuda")), CEILINGS)
+    assert {label: times["timer"] for label, times in row["times"].items()} == {OURS: "graph", "other": "perf_counter"}
+    assert cuda.replays > 0
+
+
+def test_wall_time_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What resets the state runs before every replay, outside the graph."""
+    cuda = FakeCuda(monkeypatch)
+    resets: list[int] = []
+    prepared = Wall(torch.device("cuda")).graph(cuda.run, before=lambda: resets.append(cuda.replays))
+    before = len(resets)
+    assert prepared.sample() > 0
+    assert (prepared.timer, len(resets)) == ("graph", before + 1)
 
 
 # ---- gpu_acceptance ---------------------------------------------------------------------------------------------------
@@ -311,6 +416,7 @@ def test_cpu_table(tmp_path: Path) -> None:
     assert "| attention | case | 3.0 us, 1,234.5 GB/s | 2.5x plain |" in text
     assert "| kv | case | 7.0 us" in text
     assert "cpu x, 2 threads, avx512" in text
+    assert text.count(NONE) == 3  # the families without a record
     assert NONE in kernels([])
 
 

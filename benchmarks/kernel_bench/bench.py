@@ -12,7 +12,18 @@ from typing import Any
 import torch
 
 from kernel_bench.machine import H200_BYTES_PER_S, H200_FLOPS, Ceilings
-from kernel_bench.measure import Prepared, Run, Runs, Timer, alternate, first_line, paired_ratio, rounded, spread
+from kernel_bench.measure import (
+    CpuTimer,
+    Prepared,
+    Run,
+    Runs,
+    Timer,
+    alternate,
+    first_line,
+    paired_ratio,
+    rounded,
+    spread,
+)
 
 OURS = "ours"
 
@@ -43,6 +54,7 @@ class Bench:
         verify: compares one call of a contender with the definition.
         num_bytes: the fewest bytes the work moves through memory: every input read once, every output written once.
         num_flops: operations the work needs.
+        on_host: contenders that run on the host whatever the device: a captured graph would hold nothing of them.
     """
 
     op: str
@@ -54,6 +66,7 @@ class Bench:
     num_flops: float = 0.0
     lane: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
+    on_host: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def run_bench(bench: Bench, settings: Settings, timer: Timer, ceilings: Ceilings
                 verdict = bench.verify(label, runs[0])
                 row["checked"][label] = rounded(verdict.to_json())
                 if verdict.ok:
-                    prepared[label] = timer.prepare(runs)
+                    prepared[label] = (CpuTimer() if label in bench.on_host else timer).prepare(runs)
                 else:
                     row["failed"][label] = f"off by {verdict.error:.2e}, allowed {verdict.allowed:.2e}"
             except Exception as error:  # whatever a contender does, the others are still timed

@@ -34,7 +34,8 @@ class Shape:
 
     def __str__(self) -> str:
         where = "own slot each" if self.own_slots else "one slot"
-        return f"{self.rows} x {self.hidden}, k = {self.k}, {where}, {dtype_name(self.directions)} directions"
+        form = "fused" if self.fused else "in place"
+        return f"{form}, {self.rows} x {self.hidden}, k = {self.k}, {where}, {dtype_name(self.directions)} directions"
 
 
 _F32, _BF16 = torch.float32, torch.bfloat16
@@ -120,10 +121,9 @@ def make(shape: Shape, dtype: torch.dtype, settings: Settings) -> Bench:
         builders["PyTorch eager"] = eager(_eager_edit)
         if settings.compile and shape == UNFUSED[0]:
             builders["torch.compile"] = lambda: eager(compiled(_eager_edit))()
-    name = f"{'fused' if shape.fused else 'in place'}, {shape}"
     lane = choose_lane("edits", settings.device)
     notes = {"input_sets": count, "rows": shape.rows, "fused": shape.fused, "own_slots": shape.own_slots}
-    return Bench("edits", name, dtype, builders, Exact(shape, sets[0]), num_bytes, 0.0, lane, notes)
+    return Bench("edits", str(shape), dtype, builders, Exact(shape, sets[0]), num_bytes, 0.0, lane, notes)
 
 
 def ours(shape: Shape, i: Inputs) -> Run:

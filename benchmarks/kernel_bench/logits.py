@@ -30,6 +30,10 @@ class Filters:
     top_p: float = 1.0
     stats: bool = False
 
+    def title(self, rows: int, vocabulary: int) -> str:
+        """The case's name in records."""
+        return f"mix 2 models, {self.name}, {rows} x {vocabulary:,}"
+
 
 # The first is the shape the project's goal is written in.
 CASES = (
@@ -64,8 +68,8 @@ def makers(settings: Settings) -> list[tuple[str, Callable[[], Bench]]]:
     made: list[tuple[str, Callable[[], Bench]]] = []
     for case in CASES[:1] if settings.quick else CASES:
         for dtype in dtypes[: 1 if settings.quick or case is not CASES[0] else None]:
-            made.append((case.name, partial(make, case, rows, vocabulary, dtype, settings)))
-    made.append(("rank", partial(make_rank, rows, vocabulary, dtypes[0], settings)))
+            made.append((case.title(rows, vocabulary), partial(make, case, rows, vocabulary, dtype, settings)))
+    made.append((f"rank, {rows} x {vocabulary:,}", partial(make_rank, rows, vocabulary, dtypes[0], settings)))
     return made
 
 
@@ -100,7 +104,7 @@ def make(case: Filters, rows: int, vocabulary: int, dtype: torch.dtype, settings
     if settings.device.type == "cuda" and (case.top_k or case.top_p < 1):
         builders["FlashInfer sampling"] = lambda: runs(flashinfer_chain(case, rows))
     num_bytes = 2.0 * rows * vocabulary * dtype.itemsize
-    name = f"mix 2 models, {case.name}, {rows} x {vocabulary:,}"
+    name = case.title(rows, vocabulary)
     notes = {"input_sets": len(sets), "rows": rows, "vocabulary": vocabulary}
     lane = choose_lane("logits", settings.device)
     return Bench("mix_sample", name, dtype, builders, Exact(case, sets[0]), num_bytes, 0.0, lane, notes)

@@ -17,6 +17,7 @@ from rainkernels._lanes import choose_lane
 from rainkernels.ops import tree
 
 _DIM = 384
+_HOST = "cpu lane, same machine"
 _NAMES = {"published": "nodes as published (torch)", "python": "nodes in plain Python", "numpy": "numpy nodes"}
 
 
@@ -35,10 +36,10 @@ def makers(settings: Settings) -> list[tuple[str, Callable[[], Bench | dict[str,
 def make(op: str, trees: int, simulations: int, settings: Settings) -> Bench:
     """One op on trees that a search has grown. `backup` adds to their statistics each time; its cost stays the same."""
     forest = _grown(trees, simulations)
-    # Label -> device and lane. A GPU's events time host work too, as long as nothing else runs on the device.
+    # Label -> device and lane.
     places: dict[str, tuple[torch.device, str | None]] = {OURS: (settings.device, None)}
     if settings.device.type == "cuda":
-        places["cpu lane, same machine"] = (torch.device("cpu"), None)
+        places[_HOST] = (torch.device("cpu"), None)
     else:
         places["plain PyTorch (reference)"] = (settings.device, "reference")
     builders = {label: partial(_runs, op, forest, *place) for label, place in places.items()}
@@ -47,7 +48,7 @@ def make(op: str, trees: int, simulations: int, settings: Settings) -> Bench:
     depth = float(step.chosen.depth.float().mean())
     path_bytes = trees * depth * _DIM * 4
     num_bytes = trees * depth * 64 if op == "select" else 3 * path_bytes
-    notes = {"mean_depth": depth, "per_second": "trees / median"}
+    notes = {"mean_depth": depth}
     return Bench(
         op,
         f"{trees} trees",
@@ -58,6 +59,7 @@ def make(op: str, trees: int, simulations: int, settings: Settings) -> Bench:
         0.0,
         choose_lane("tree", settings.device),
         notes,
+        frozenset({_HOST}),
     )
 
 
