@@ -4,8 +4,8 @@
 // state in position order. A row's value is a chain fixed by absolute positions alone, so it does not depend on splits,
 // neighbours, threads or instruction set.
 #include "cpu/attention.h"
-#include "cpu/simd_math.h"
 #include "cpu/attention_tiles.h"
+#include "cpu/simd_math.h"
 
 namespace rainkernels {
 namespace RK_ISA {
