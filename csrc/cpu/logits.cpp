@@ -1,7 +1,9 @@
-// mix_sample and rank on the CPU: rows over the threads, or the tiles of one row when rows are few.   Reference:
-// rainkernels/reference/logits.py One pass mixes a row into a scratch that stays in the cache and sums it; filters then
-// look only at blocks whose largest score can survive. Sums of tiles are added in id order in double, so neither the
-// batch nor the threads show in a row's bits.
+// mix_sample and rank on the CPU: rows over the threads, or the tiles of one row when rows are few.
+// Reference: rainkernels/reference/logits.py
+//
+// One pass mixes a row into a scratch that stays in the cache and sums it; filters then look only at blocks whose
+// largest score can survive. Sums of tiles are added in id order in double, so neither the batch nor the threads show
+// in a row's bits.
 #include "cpu/logits.h"
 
 #include <omp.h>

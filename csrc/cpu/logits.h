@@ -27,9 +27,9 @@ struct RowPlan {
   float top, limit;
 };
 
-// Sums of one tile about its own shift, so that nothing cancels: see csrc/cpu/logits_stats.h.
-// [shift, sum] of the mixture and of every model, then entropy, kl_mix [models], kl_ref [models].
-constexpr int stat_floats(int models) {
+// Sums of one tile about its own shift, so that nothing cancels: see csrc/cpu/logits_tiles.h.
+// Shifts of the mixture and of every model, their sums, then entropy, kl_mix [models], kl_ref [models].
+static constexpr int stat_floats(int models) {
   return 2 * (models + 1) + 1 + 2 * models;
 }
 

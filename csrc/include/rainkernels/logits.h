@@ -11,7 +11,7 @@ constexpr int kLogitsTile = 1024;  // ids of one partial sum
 constexpr int kLogitsBlock = 256;  // ids of one vector of sixteen maxima
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Orders shared with rainkernels/_logits_checks.py (_ORDERS, PARAMETERS).
+// Orders shared with rainkernels/_logits_checks.py (ORDERS, PARAMETERS).
 enum class FilterOrder : int { k_p_min = 0, min_k_p = 1, joint = 2 };
 enum class MixRule : int { none = 0, weights, temperature, top_k, top_p, min_p, plausibility };
 
