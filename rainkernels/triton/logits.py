@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["aot_kernels", "mix_sample", "rank", "workspace_floats"]
 
 _TILE = int(logits_mix.TILE.value)
-_MAX_VOCAB = 4096 * _TILE  # one program combines the tiles of a row
+_MAX_VOCAB = 1024 * _TILE  # one program combines the tiles of a row
 _ORDERS = {
     "k_p_min": int(logits_filter.K_P_MIN.value),
     "min_k_p": int(logits_filter.MIN_K_P.value),
@@ -65,11 +65,9 @@ def _check_vocab_size(vocab_size: int) -> None:
         raise RangeError(f"vocab_size is {vocab_size}, the triton lane allows at most {_MAX_VOCAB}")
 
 
-def _row_constants(filters: bool, models: int) -> dict[str, int]:
-    """Tokens per step over a row, and loads in flight: what the registers of 8 warps hold for so many models."""
-    if not filters:
-        return {"BLOCK": 1024, "STAGES": 1}
-    return {"BLOCK": 2048, "STAGES": 2} if models <= 2 else {"BLOCK": 1024, "STAGES": 1}
+def _row_constants(models: int) -> dict[str, int]:
+    """Tokens per step over a row: what the registers of 8 warps hold for so many models."""
+    return {"BLOCK": 2048 if models <= 2 else 1024}
 
 
 def _row_warps(filters: bool) -> int:
@@ -137,7 +135,7 @@ def mix_sample(
     else:
         results = dict(zip(_STAT_NAMES, out_stats, strict=True))
     mix_rows_kernel[(rows,)](
-        **common, **places, **constants, **_row_constants(filters, models),
+        **common, **places, **constants, **_row_constants(models),
         top_k=out.token if top_k is None else top_k,
         top_p=temperature if top_p is None else top_p,
         min_p=temperature if min_p is None else min_p,
@@ -194,7 +192,7 @@ def aot_kernels() -> list[AotKernel]:
         kernels += _mix_kernels("bf16", models, stats=True, filters=True)
     kernels += _mix_kernels("bf16", 2, stats=False, filters=False, bias=True)
     kernels += _mix_kernels("bf16", 2, stats=False, filters=True, bias=True, plausible=True)
-    for tiles in (16, 64, 1024, 4096):
+    for tiles in (16, 64, 1024):
         kernels += _mix_kernels("fp32", 2, stats=True, filters=True, tiles=tiles)
     kernels += _mix_kernels("bf16", 2, stats=True, filters=True, aligned_rows=False)
     for dtype in _TYPES:
@@ -233,7 +231,7 @@ def _mix_kernels(
             f"mix_rows-{name}",
             mix_rows_kernel,
             rows,
-            constants | _row_constants(filters, models),
+            constants | _row_constants(models),
             _row_warps(filters),
             1,
             tuple(aligned),

@@ -69,12 +69,12 @@ def weigh_buffer(buffer, n, pivots, best, scale):
 @triton.jit
 def weigh_row(
     context, vocab, pivots, best, scale,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PLAUSIBLE: tl.constexpr,
+    BLOCK: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PLAUSIBLE: tl.constexpr,
 ):  # fmt: skip
     """`weigh` over the whole row."""
     counts = tl.zeros([PIVOTS], tl.int32)
     masses = tl.zeros([PIVOTS], tl.float64)
-    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
+    for start in range(0, vocab, BLOCK):
         _, score = scores(context, start + tl.arange(0, BLOCK), N, HAS_BIAS, HAS_PLAUSIBLE)
         count, mass = weigh(score, pivots, best, scale)
         counts += count
@@ -85,7 +85,7 @@ def weigh_row(
 @triton.jit
 def gather(
     context, groups, n_groups, listed, buffer, low, high, best, scale,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PLAUSIBLE: tl.constexpr,
+    BLOCK: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PLAUSIBLE: tl.constexpr,
 ):  # fmt: skip
     """Copy the scores and ids of keys in [low, high) to the buffer, in id order, as many as fit.
 
@@ -103,7 +103,7 @@ def gather(
     tl.debug_barrier()
     count = tl.zeros([], tl.int32)
     mass = tl.zeros([], tl.float64)
-    for start in tl.range(0, found, BLOCK // GROUP, num_stages=STAGES):
+    for start in range(0, found, BLOCK // GROUP):
         at = start + tl.arange(0, BLOCK // GROUP)
         group = tl.load(listed + at, mask=at < found, other=n_groups)
         ids = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [BLOCK])
@@ -156,7 +156,7 @@ def lowest_key(best, scale, exponent):
 @triton.jit
 def kept_prefix(
     context, vocab, groups, n_groups, listed, buffer, best, scale, total, k, p, m, order,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PLAUSIBLE: tl.constexpr,
+    BLOCK: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PLAUSIBLE: tl.constexpr,
 ):  # fmt: skip
     """What the filters keep: keys above `key`, and of those equal to it the `ties` lowest ids.
 
@@ -214,7 +214,7 @@ def kept_prefix(
             if (unknown != 0) | (outside & (n_low - n_high <= BUFFER)):
                 n_buffer, mass = gather(
                     context, groups, n_groups, listed, buffer, low, high, best, scale,
-                    BLOCK, STAGES, N, HAS_BIAS, HAS_PLAUSIBLE,
+                    BLOCK, N, HAS_BIAS, HAS_PLAUSIBLE,
                 )  # fmt: skip
                 fits = n_buffer <= BUFFER
                 key_buffer = tl.where(fits, low, end)
@@ -233,9 +233,7 @@ def kept_prefix(
                     counts += n_above
                     masses += m_above
                 else:
-                    counts, masses = weigh_row(
-                        context, vocab, pivots, best, scale, BLOCK, STAGES, N, HAS_BIAS, HAS_PLAUSIBLE
-                    )
+                    counts, masses = weigh_row(context, vocab, pivots, best, scale, BLOCK, N, HAS_BIAS, HAS_PLAUSIBLE)
                 enough = tl.where(stage == 1, counts.to(tl.float64), masses) >= goal
                 low = tl.maximum(low, tl.max(tl.where(enough, pivots, low), axis=0))
                 high = tl.minimum(high, tl.min(tl.where(enough, high, pivots), axis=0))

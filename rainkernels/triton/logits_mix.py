@@ -58,8 +58,9 @@ def mixed_logits(models, weights, unit, ids, limit, N: tl.constexpr):
     started = tl.zeros([], tl.int32)
     for i in tl.static_range(N):
         w = weights[i]
-        used = tl.where(w != 0, 1, 0)
-        h = tl.load(models[i] + ids, mask=ids < tl.where(w != 0, limit, 0), other=0.0).to(tl.float32)
+        # In integers: comparisons of eight weights make vectors of bits, which LLVM lays out on the stack.
+        used = tl.minimum(w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+        h = tl.load(models[i] + ids, mask=ids < used * limit, other=0.0).to(tl.float32)
         begins = used * (1 - started) * unit
         z = tl.fma(tl.where(begins != 0, 1.0, w) + tl.zeros_like(h), h - first, z)
         first = tl.where(begins != 0, h, first)

@@ -59,12 +59,12 @@ def kept_of(score, key, ties, seen):
 @triton.jit
 def filtered_masses(
     context, ws, pitch, tiles, vocab, key, ties, scale,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PLAUSIBLE: tl.constexpr,
+    BLOCK: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PLAUSIBLE: tl.constexpr,
 ):  # fmt: skip
     """Replace the tiles' masses by those of the kept tokens, shifted as before. Returns the last kept id of `key`."""
     seen = tl.zeros([], tl.int32)
     last = tl.zeros([], tl.int32) - 1
-    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
+    for start in range(0, vocab, BLOCK):
         tile = start // TILE + tl.arange(0, BLOCK // TILE)
         top = finite_shift(tl.load(ws + F_SCORE * pitch + tile, mask=tile < tiles, other=0.0))
         ids = start + tl.arange(0, BLOCK)
@@ -108,10 +108,10 @@ def draw_from_buffer(buffer, n, u, key, ties, best, scale):
 
 
 @triton.jit
-def draw_tile(ws, pitch, tiles, u, tops, best, scale, TILES: tl.constexpr):
+def draw_tile(ws, pitch, tiles, u, best, scale, TILES: tl.constexpr):
     """The tile where the running mass exceeds the share `u` of the total; the mass before it, and the total."""
     tile = tl.arange(0, TILES)
-    share = tl.exp2((tops - best) * scale).to(tl.float64)
+    share = tl.exp2((field(ws, F_SCORE, pitch, tiles, -float("inf"), TILES) - best) * scale).to(tl.float64)
     masses = share * field(ws, F_MASS, pitch, tiles, 0.0, TILES).to(tl.float64)
     running = tl.cumsum(masses, axis=0)
     total = tl.max(running, axis=0)
@@ -138,7 +138,7 @@ def mix_rows_kernel(
     tiles, token_out, prob_out, logprob_out, logprob_models_out, lse_mix_out, lse_models_out, log_z_out, entropy_out,
     kl_mix_out, kl_ref_out,
     N: tl.constexpr, STATS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PLAUSIBLE: tl.constexpr,
-    FILTERS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
+    FILTERS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     ws = workspace + row * row_floats
@@ -163,7 +163,7 @@ def mix_rows_kernel(
     sound *= tl.where(p > 0, 1, 0) * tl.where(p <= 1, 1, 0) * tl.where(m >= 0, 1, 0) * tl.where(m <= 1, 1, 0)
 
     tops = field(ws, F_MAX, pitch, tiles, -float("inf"), TILES)
-    best_z, share_z, sum_z = combined(tops, field(ws, F_SUM, pitch, tiles, 0.0, TILES))
+    best_z, _, sum_z = combined(tops, field(ws, F_SUM, pitch, tiles, 0.0, TILES))
     top_scores = field(ws, F_SCORE, pitch, tiles, -float("inf"), TILES)
     best = tl.max(top_scores, axis=0)
     masses = field(ws, F_MASS, pitch, tiles, 0.0, TILES)
@@ -191,13 +191,13 @@ def mix_rows_kernel(
                 whole = tl.sum(tl.exp2((top_scores - best) * scale).to(tl.float64) * masses.to(tl.float64), axis=0)
                 edge, ties, n_buffer = kept_prefix(
                     context, vocab, groups, tiles * GROUPS, listed, buffer, best, scale, whole, k, p, m, order,
-                    BLOCK, STAGES, N, HAS_BIAS, HAS_PLAUSIBLE,
+                    BLOCK, N, HAS_BIAS, HAS_PLAUSIBLE,
                 )  # fmt: skip
                 key = edge.to(tl.int32)
                 if n_buffer < 0:
                     last = filtered_masses(
                         context, ws, pitch, tiles, vocab, key, ties, scale,
-                        BLOCK, STAGES, N, HAS_BIAS, HAS_PLAUSIBLE,
+                        BLOCK, N, HAS_BIAS, HAS_PLAUSIBLE,
                     )  # fmt: skip
                 else:
                     token, total = draw_from_buffer(buffer, n_buffer, u, key, ties, best, scale)
@@ -205,9 +205,10 @@ def mix_rows_kernel(
         if token >= 0:
             chosen = token // TILE
         elif t == 0.0:
+            top_scores = field(ws, F_SCORE, pitch, tiles, -float("inf"), TILES)
             chosen = tl.min(tl.where(top_scores == best, tile, TILES), axis=0)
         else:
-            chosen, before, total = draw_tile(ws, pitch, tiles, u, top_scores, best, scale, TILES)
+            chosen, before, total = draw_tile(ws, pitch, tiles, u, best, scale, TILES)
         chosen = tl.minimum(chosen, tiles - 1)
         ids = chosen * TILE + tl.arange(0, TILE)
         z, score = scores(context, ids, N, HAS_BIAS, HAS_PLAUSIBLE)
@@ -230,6 +231,9 @@ def mix_rows_kernel(
         nan = tl.zeros([], tl.float32) + float("nan")
         values = context[1]
         models = context[0]
+        # Fields of the tiles are loaded again where they are used: kept alive across the filters they would spill.
+        tops = field(ws, F_MAX, pitch, tiles, -float("inf"), TILES)
+        _, share_z, _ = combined(tops, field(ws, F_SUM, pitch, tiles, 0.0, TILES))
         lse = best_z + natural_log(sum_z)
         log_z = best_z.to(tl.float64) + natural_log(sum_z).to(tl.float64)
         shift_z = tops - finite_shift(best_z)
