@@ -10,7 +10,16 @@ from torch import Tensor
 
 from rainkernels.ops.attention import AttentionPlan, attention_plan
 
-__all__ = ["CASES", "AttentionCase", "AttentionInputs", "AttentionOptions", "Forest", "chain", "fan"]
+__all__ = [
+    "CASES",
+    "AttentionCase",
+    "AttentionInputs",
+    "AttentionOptions",
+    "Forest",
+    "chain",
+    "fan",
+    "split_everywhere",
+]
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,22 @@ def fan(prefix: int, branches: int, length: int, rows: int = 1) -> Forest:
         ((-1, prefix), *((0, length) for _ in range(branches))),
         tuple((1 + b, length - rows + i) for b in range(branches) for i in range(rows)),
     )
+
+
+def split_everywhere(forest: Forest, step: int) -> Forest:
+    """The same paths with every segment cut into pieces of `step` tokens."""
+    segments: list[tuple[int, int]] = []
+    pieces: list[list[int]] = []
+    for up, length in forest.segments:
+        above = pieces[up][-1] if up >= 0 else -1
+        mine: list[int] = []
+        for at in range(0, max(length, 1), step):
+            segments.append((above, min(step, length - at)))
+            above = len(segments) - 1
+            mine.append(above)
+        pieces.append(mine)
+    rows = tuple((pieces[s][at // step], at % step) if s >= 0 else (s, at) for s, at in forest.rows)
+    return Forest(tuple(segments), rows)
 
 
 class AttentionOptions(TypedDict):

@@ -18,7 +18,15 @@ from torch import Tensor
 from rainkernels.errors import DtypeError, RangeError, ShapeError, StrideError
 from rainkernels.ops.attention import MergedState, attention_plan, tree_attention
 from rainkernels.reference import attention as reference
-from rainkernels.testing.cases_attention import CASES, AttentionCase, AttentionInputs, Forest, chain, fan
+from rainkernels.testing.cases_attention import (
+    CASES,
+    AttentionCase,
+    AttentionInputs,
+    Forest,
+    chain,
+    fan,
+    split_everywhere,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BY_ID = {case.id: case for case in CASES}
@@ -116,22 +124,6 @@ def test_out_and_default_return(lane: str) -> None:
 
 
 # Bitwise invariance: the promise exact mode rests on.
-
-
-def split_everywhere(forest: Forest, step: int) -> Forest:
-    """The same paths with every segment cut into pieces of `step` tokens."""
-    segments: list[tuple[int, int]] = []
-    pieces: list[list[int]] = []
-    for up, length in forest.segments:
-        above = pieces[up][-1] if up >= 0 else -1
-        mine: list[int] = []
-        for at in range(0, max(length, 1), step):
-            segments.append((above, min(step, length - at)))
-            above = len(segments) - 1
-            mine.append(above)
-        pieces.append(mine)
-    rows = tuple((pieces[s][at // step], at % step) if s >= 0 else (s, at) for s, at in forest.rows)
-    return Forest(tuple(segments), rows)
 
 
 INVARIANT = [
@@ -351,12 +343,3 @@ def test_registered_ops() -> None:
         wanted = run(i)
     assert torch.equal(v, wanted.v)
     assert torch.equal(lse, wanted.lse)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_cuda_matches_definition(case: AttentionCase) -> None:
-    inputs, host = case.make(torch.bfloat16, "cuda"), case.make(torch.bfloat16)
-    state, exact, plain = run(inputs), truth(host), truth(host, torch.bfloat16)
-    assert_close_enough(state.v.cpu(), plain[0], exact[0], 2e-3)
