@@ -78,11 +78,11 @@ def _power_of_two(n: int, least: int) -> int:
 
 
 def _row_constants(hidden: int, num_directions: int) -> dict[str, int]:
-    """In registers: sixteen elements per thread, so that four directions fit beside the row. Wide: blocks."""
+    """In registers: eight elements per thread (sixteen in the widest), so that four directions fit beside the row."""
     if hidden > MAX_REGISTER_ROW:
         return {"BLOCK": 4096, "ROOM": _power_of_two(num_directions, 4), "num_warps": 8, "num_stages": 2}
     block = _power_of_two(hidden, 128)
-    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512)), "num_stages": 1}
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 256)), "num_stages": 1}
 
 
 def _basis_constants(num_directions: int, rows: torch.dtype, basis: torch.dtype) -> dict[str, int | bool]:
@@ -90,7 +90,8 @@ def _basis_constants(num_directions: int, rows: torch.dtype, basis: torch.dtype)
     room = _power_of_two(num_directions, 16)
     narrow = rows == basis == torch.bfloat16
     return {
-        "NARROW": narrow, "BLOCK": max(32, min(128, 8192 // room)), "ROOM": room, "num_warps": 4, "num_stages": 2,
+        "NARROW": narrow, "BLOCK": max(32, min(128, 8192 // room)), "ROOM": room,
+        "num_warps": 8 if room > 64 else 4, "num_stages": 2,
     }  # fmt: skip
 
 

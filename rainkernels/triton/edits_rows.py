@@ -9,20 +9,15 @@ from rainkernels.triton.edits_maths import coefficient, live_directions, normali
 
 
 @triton.jit
-def _add_two(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@triton.jit
 def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
 @triton.jit
 def _direction(directions, at, j, used, hidden, offs):
-    return tl.load(directions + (at + j) * hidden + offs, mask=offs < tl.where(j < used, hidden, 0), other=0.0).to(
-        tl.float32
-    )
+    """As stored: four of them wait in registers for their coefficients."""
+    limit = tl.where(j < used, hidden, 0)
+    return tl.load(directions + (at + j) * hidden + offs, mask=offs < limit, other=0.0)
 
 
 @triton.jit
@@ -40,7 +35,10 @@ def edited_row(h, offs, slot, used, directions, scale, gram, op, alpha, target, 
     """Four directions at a time: one reduction for their components, the Gram matrix for what the earlier ones of the
     four change in the later, and each direction read once."""
     at = slot * num_directions
-    before = h
+    mode = tl.load(norm + slot)
+    old = 0.0
+    if mode != 0:
+        old = tl.sum(h * h, 0)
     for j in range(0, used, 4):
         u0 = _direction(directions, at, j, used, hidden, offs)
         u1 = _direction(directions, at, j + 1, used, hidden, offs)
@@ -55,16 +53,16 @@ def edited_row(h, offs, slot, used, directions, scale, gram, op, alpha, target, 
         g30 = tl.load(g3, mask=j + 3 < used, other=0.0)
         g31 = tl.load(g3 + 1, mask=j + 3 < used, other=0.0)
         g32 = tl.load(g3 + 2, mask=j + 3 < used, other=0.0)
-        c0, c1, c2, c3 = tl.reduce((h * u0, h * u1, h * u2, h * u3), 0, _add_four)
+        products = (h * u0.to(tl.float32), h * u1.to(tl.float32), h * u2.to(tl.float32), h * u3.to(tl.float32))
+        c0, c1, c2, c3 = tl.reduce(products, 0, _add_four)
         b0, s0 = _step(c0, 0.0, at, j, used, scale, op, alpha, target)
         b1, s1 = _step(c1, b0 * g10, at, j + 1, used, scale, op, alpha, target)
         b2, s2 = _step(c2, b0 * g20 + b1 * g21, at, j + 2, used, scale, op, alpha, target)
         b3, s3 = _step(c3, b0 * g30 + b1 * g31 + b2 * g32, at, j + 3, used, scale, op, alpha, target)
-        h += (b0 * s0) * u0 + (b1 * s1) * u1 + (b2 * s2) * u2 + (b3 * s3) * u3
-    mode = tl.load(norm + slot)
+        delta = (b0 * s0) * u0.to(tl.float32) + (b1 * s1) * u1.to(tl.float32)
+        h += delta + (b2 * s2) * u2.to(tl.float32) + (b3 * s3) * u3.to(tl.float32)
     if mode != 0:
-        old, new = tl.reduce((before * before, h * h), 0, _add_two)
-        h = h * rescale(mode, old, new)
+        h = h * rescale(mode, old, tl.sum(h * h, 0))
     return h
 
 
@@ -80,8 +78,10 @@ def edit_row_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
     x_row = x + row * x_stride + offs
     h = tl.load(x_row, mask=inside, other=0.0).to(tl.float32)
-    if FUSED:
-        residual_row = residual + row * residual_stride + offs
+    residual_row = residual + row * residual_stride + offs
+    # Fetched beside x; in the widest rows after the edit, whose registers it would take.
+    EARLY: tl.constexpr = BLOCK_OUT or BLOCK <= 4096
+    if FUSED and EARLY:
         r = tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
         if BLOCK_OUT:
             h = r + h
@@ -94,6 +94,8 @@ def edit_row_kernel(
             if not FUSED:
                 tl.store(x_row, h.to(dtype), mask=inside)
     if FUSED:
+        if not EARLY:
+            r = tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
         if not BLOCK_OUT:
             h = r + h
         summed = h.to(dtype)

@@ -10,7 +10,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
+import fuzz_edits
 import fuzz_kv
+import fuzz_logits
 import fuzz_tree
 import pytest
 import torch
@@ -19,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 CASES = os.environ.get("RAINKERNELS_FUZZ_CASES")
-OPS: dict[str, FuzzOp] = {**fuzz_tree.OPS, **fuzz_kv.OPS}
+OPS: dict[str, FuzzOp] = {**fuzz_tree.OPS, **fuzz_kv.OPS, **fuzz_logits.OPS, **fuzz_edits.OPS}
 
 
 @pytest.fixture(autouse=True)
