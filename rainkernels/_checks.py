@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -51,6 +52,18 @@ def check_tensor(
         )
     if contiguous and not t.is_contiguous():
         raise StrideError(f"{name} has strides {list(t.stride())}, expected contiguous memory: call .contiguous()")
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a Python number that a double holds."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+
+
+def check_outputs(name: str, out: Sequence[Tensor], fields: Sequence[str]) -> None:
+    """Raise unless `out` is one thing per field, in their order: the tensors are for check_tensor to judge."""
+    if not isinstance(out, (tuple, list)) or len(out) != len(fields):
+        given = f"{len(out)} of them" if isinstance(out, (tuple, list)) else type(out).__name__
+        raise DtypeError(f"{name} must be a tuple of {len(fields)} tensors ({', '.join(fields)}), got {given}")
 
 
 def _show(shape: Sequence[int | None]) -> str:

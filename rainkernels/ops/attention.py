@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from rainkernels._checks import DTYPE_CODE, FLOATS, check_tensor
+from rainkernels._checks import DTYPE_CODE, FLOATS, check_outputs, check_tensor, is_finite
 from rainkernels._lanes import choose_lane, native
 from rainkernels.errors import DeviceError, DtypeError, LaneError, RangeError, ShapeError, StrideError
 from rainkernels.ops._attention_buffers import AttentionBuffers
@@ -135,8 +134,8 @@ def tree_attention(
         check_tensor("out", out, dtype=q.dtype, shape=call.out_shape, device=q.device)
     if call.lane == "reference":
         result, lse = reference.tree_attention(
-            q, k_pool, v_pool, *gathered(plan, q.device), softmax_scale=softmax_scale, softcap=softcap,
-            sliding_window=sliding_window, sinks=sinks,
+            q, k_pool, v_pool, *gathered(plan, q.device), softmax_scale=float(softmax_scale), softcap=float(softcap),
+            sliding_window=int(sliding_window), sinks=sinks,
         )  # fmt: skip
         result = result if out is None else out.copy_(result)
         return MergedState(result, lse) if return_lse else result
@@ -253,9 +252,9 @@ def _check_attention(
     check_chunk(chunk)
     if plan.max_slot >= num_slots:
         raise RangeError(f"plan names slot {plan.max_slot}, k_pool has {num_slots}: allowed are 0..{num_slots - 1}")
-    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
+    if not (is_finite(scale) and scale > 0):
         raise RangeError(f"softmax_scale is {scale}, it must be finite and > 0, usually head_dim ** -0.5")
-    if not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap >= 0):
+    if not (is_finite(softcap) and softcap >= 0):
         raise RangeError(f"softcap is {softcap}, it must be finite and >= 0; 0 means none")
     if not (isinstance(window, int) and 0 <= window < 1 << 31):
         raise RangeError(f"sliding_window is {window}, it must be a number of tokens in 0..2**31-1; 0 means none")
@@ -305,6 +304,7 @@ def merge_state(
     check_tensor("v_b", v_b, dtype=v_a.dtype, shape=shape, device=device)
     check_tensor("lse_b", lse_b, dtype=torch.float32, shape=shape[:2], device=device)
     if out is not None:
+        check_outputs("out", out, MergedState._fields)
         check_tensor("out[0]", out[0], dtype=v_a.dtype, shape=shape, device=device)
         check_tensor("out[1]", out[1], dtype=torch.float32, shape=shape[:2], device=device)
     lane = choose_lane("attention", device)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rainkernels._checks import DTYPE_CODE, FLOATS, check_tensor
+from rainkernels._checks import DTYPE_CODE, FLOATS, check_tensor, is_finite
 from rainkernels._lanes import choose_lane, native
 from rainkernels.errors import DtypeError, RangeError, ShapeError, StrideError
 from rainkernels.ops.edits_tables import BasisTable, EditTable
@@ -162,7 +161,15 @@ def add_edit_rmsnorm(
     else:
         arguments = None if table is None else table.reference_arguments()
         y, summed = reference.add_edit_rmsnorm(
-            x, residual, weight, slots, arguments, eps=eps, tap=tap, weight_offset=weight_offset, cast=cast
+            x,
+            residual,
+            weight,
+            slots,
+            arguments,
+            eps=float(eps),
+            tap=tap,
+            weight_offset=float(weight_offset),
+            cast=cast,
         )
         residual.copy_(summed)
         normed.copy_(y)
@@ -237,9 +244,9 @@ def _check_fused(
         raise RangeError(f"tap is {tap!r}, allowed: {', '.join(TAPS)}")
     if cast not in CASTS:
         raise RangeError(f"cast is {cast!r}, allowed: {', '.join(CASTS)}")
-    if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0):
+    if not (is_finite(eps) and eps >= 0):
         raise RangeError(f"eps is {eps}, it must be finite and >= 0")
-    if not (isinstance(offset, (int, float)) and math.isfinite(offset)):
+    if not (is_finite(offset)):
         raise RangeError(f"weight_offset is {offset}, it must be finite; 1.0 for Gemma, 0.0 otherwise")
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rainkernels._checks import check_tensor
+from rainkernels._checks import check_outputs, check_tensor
 from rainkernels._forest import (
     HEADER_ROOT,
     LEAF,
@@ -104,6 +104,7 @@ def select(
     n = _check_items(forest, tree_ids) if skip_node is None else _check_items(forest, tree_ids, skip_node=skip_node)
     lane = choose_lane("tree", forest.device)
     if out is not None:
+        check_outputs("out", out, Selection._fields)
         for name, tensor in zip(Selection._fields, out, strict=True):
             shape = (n, forest.config.max_depth) if name == "path" else (n,)
             check_tensor(f"out.{name}", tensor, device=forest.device, dtype=torch.int32, shape=shape)
@@ -224,6 +225,7 @@ def best_child(
     lane = choose_lane("tree", forest.device)
     real = {"visits", "value"}
     if out is not None:
+        check_outputs("out", out, BestChild._fields)
         for name, tensor in zip(BestChild._fields, out, strict=True):
             dtype = forest.dtype if name in real else torch.int32
             check_tensor(f"out.{name}", tensor, device=forest.device, dtype=dtype, shape=(n,))

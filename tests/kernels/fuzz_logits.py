@@ -35,22 +35,29 @@ def mix_call(rng: Random) -> Call:
         "bias": randn(rng, rows, min(widths)),
         "plausibility": chosen(rng, rows, [0.0, 0.1, 1.0]),
     }
-    return {
+    call = {
         "logits": [3 * randn(rng, rows, width, dtype=dtype) for width in widths], "weights": weights,
         "temperature": chosen(rng, rows, [0.0, 0.7, 1.0, 2.0]), "seed": longs(rng, rows),
         "position": longs(rng, *rng.choice([(rows,), (rows, 2)])), "plausibility_model": rng.randrange(models),
         "order": rng.choice(["k_p_min", "min_k_p", "joint"]), "vocab_size": rng.choice([None, min(widths)]),
         "stats": rng.random() < 0.5,
     } | {name: rng.choice([None, value]) for name, value in optional.items()}  # fmt: skip
+    if rng.random() < 0.4:
+        call["out"], stats = logits.mix_sample(**call)
+        call["out_stats"] = rng.choice([None, stats])
+        size = logits.mix_sample_workspace(rows, models, min(widths), "cpu")
+        call["workspace"] = rng.choice([None, torch.zeros(size)])
+    return call
 
 
 def rank_call(rng: Random) -> Call:
     rows, vocab, dtype = rng.choice([0, 1, 4]), rng.choice([1, 9, 300]), rng.choice(FLOATS)
     token = [rng.randrange(vocab) for _ in range(rows)]
-    return {
+    call = {
         "base": randn(rng, rows, vocab, dtype=dtype), "aligned": randn(rng, rows, vocab + rng.choice([0, 4]), dtype=dtype),
         "token": torch.tensor(token, dtype=rng.choice([torch.int32, torch.int64])), "vocab_size": rng.choice([None, vocab]),
     }  # fmt: skip
+    return call | {"out": rng.choice([None, logits.rank(**call)])}
 
 
 _VALUES = same_within(dict.fromkeys(FLOATS, 2e-3) | {torch.float64: 1e-9, torch.complex64: 0.0})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from random import Random
 from typing import Any
 
 import torch
-from fuzz import Call, FuzzOp, ints, randn
+from fuzz import Call, FuzzOp, copied, ints, randn
 from torch import Tensor
 from tree_driver import ForestDriver
 
@@ -108,6 +109,20 @@ def reroot_call(rng: Random) -> Call:
     return {"forest": forest, "tree_ids": ids, "slots": tree.best_child(forest, ids).slot}
 
 
+def best_child_call(rng: Random) -> Call:
+    return {"forest": _forest(rng), "tree_ids": _ids(rng)}
+
+
+def with_out(make: Callable[[Random], Call], op: Callable[..., Any]) -> Callable[[Random], Call]:
+    """The same calls, some of them with the tensors that an earlier one returned."""
+
+    def call(rng: Random) -> Call:
+        made = make(rng)
+        return made | {"out": op(**copied(made)) if rng.random() < 0.4 else None}
+
+    return call
+
+
 def children_call(rng: Random) -> Call:
     forest, b = _forest(rng), rng.randrange(3)
     return {"forest": forest, "tree_id": b, "node": int(forest.roots()[b])}
@@ -156,12 +171,12 @@ def adopt_and_search(*, config: tree.TreeConfig, tensors: list[Tensor], seed: in
 
 _NAMED = ("forest", "fields", *(name for name, _ in FIELDS))
 OPS = {
-    "select": FuzzOp(select_call, tree.select),
-    "expand": FuzzOp(expand_call, tree.expand),
-    "add_child": FuzzOp(add_child_call, tree.add_child),
-    "backup": FuzzOp(backup_call, tree.backup),
-    "best_child": FuzzOp(lambda rng: {"forest": _forest(rng), "tree_ids": _ids(rng)}, tree.best_child),
-    "reroot": FuzzOp(reroot_call, tree.reroot),
+    "select": FuzzOp(with_out(select_call, tree.select), tree.select),
+    "expand": FuzzOp(with_out(expand_call, tree.expand), tree.expand),
+    "add_child": FuzzOp(with_out(add_child_call, tree.add_child), tree.add_child),
+    "backup": FuzzOp(with_out(backup_call, tree.backup), tree.backup),
+    "best_child": FuzzOp(with_out(best_child_call, tree.best_child), tree.best_child),
+    "reroot": FuzzOp(with_out(reroot_call, tree.reroot), tree.reroot),
     "mark_in_flight": FuzzOp(path_call, tree.mark_in_flight),
     "unmark_in_flight": FuzzOp(unmark_call, tree.unmark_in_flight),
     "children": FuzzOp(children_call, tree.children),
