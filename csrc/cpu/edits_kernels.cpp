@@ -59,12 +59,20 @@ struct Rows {
       residual[r] = F == Form::in_place ? nullptr : row_of<T>(p.residual, p.residual_stride, rows[r]);
     }
   }
+  RK_ALWAYS Rows(T* x0, T* residual0) : x{x0}, residual{residual0} {}
+  RK_ALWAYS Rows<T, F, 1> one(int r) const { return Rows<T, F, 1>(x[r], residual[r]); }
   template <bool Whole>
   RK_ALWAYS F16 edited_part(int r, int i, int n) const {
     const F16 h = take<Whole>(x[r] + i, n);
     return F == Form::block_out ? add(take<Whole>(residual[r] + i, n), h) : h;
   }
 };
+
+// What lies beyond the last whole vector: out of line, one row at a time, so that no specialisation repeats it.
+template <class T, class U, Form F>
+RK_OUT_OF_LINE F16 component_tail(const Rows<T, F, 1>& row, const U* u, int i, int n, F16 total) {
+  return fma(row.template edited_part<false>(0, i, n), load_some(u + i, n), total);
+}
 
 // Components of R rows along J directions, one chain of sixteen lanes each.
 template <class T, class U, Form F, int R, int J>
@@ -83,11 +91,9 @@ void components(const EditParams& p, const Rows<T, F, R>& rows, const U* directi
     }
   }
   if (whole < d) {
-    for (int r = 0; r < R; ++r) {
-      const F16 h = rows.template edited_part<false>(r, whole, d - whole);
+    for (int r = 0; r < R; ++r)
       for (int j = 0; j < J; ++j)
-        total[r][j] = fma(h, load_some(directions + int64_t{j} * d + whole, d - whole), total[r][j]);
-    }
+        total[r][j] = component_tail<T, U, F>(rows.one(r), directions + int64_t{j} * d, whole, d - whole, total[r][j]);
   }
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) c[r][at + j] = sum(total[r][j]);
@@ -148,6 +154,17 @@ RK_ALWAYS inline void written(const Rows<T, F, R>& rows, int i, int n, const F16
   }
 }
 
+template <class T, class U, Form F>
+RK_OUT_OF_LINE void changed_tail(const EditParams& p, const Rows<T, F, 1>& row, const U* directions,
+                              const float (*b)[kMaxDirections], int k, int i, F16 (*h)[2]) {
+  changed<T, U, F, 1, 0, false>(p, row, directions, b, k, i, h);
+}
+
+template <class T, Form F>
+RK_OUT_OF_LINE void written_tail(const Rows<T, F, 1>& row, int i, int n, const F16 (*h)[2], F16 (*squares)[2]) {
+  written<T, F, 1, false>(row, i, n, h, squares);
+}
+
 template <class T, class U, Form F, int R, int K>
 void update(const EditParams& p, const Rows<T, F, R>& rows, const U* directions, const float (*b)[kMaxDirections],
             int k, const float* factor, float* total) {
@@ -166,9 +183,9 @@ void update(const EditParams& p, const Rows<T, F, R>& rows, const U* directions,
     written<T, F, R, true>(rows, i, d - i, h, squares);
   }
   if (i < d) {
-    changed<T, U, F, R, K, false>(p, rows, directions, b, k, i, h);
+    for (int r = 0; r < R; ++r) changed_tail<T, U, F>(p, rows.one(r), directions, b + r, k, i, h + r);
     rescale();
-    written<T, F, R, false>(rows, i, d - i, h, squares);
+    for (int r = 0; r < R; ++r) written_tail<T, F>(rows.one(r), i, d - i, h + r, squares + r);
   }
   for (int r = 0; r < R; ++r) total[r] = sum(add(squares[r][0], squares[r][1]));
 }
@@ -189,7 +206,7 @@ float rescale_factor(const EditParams& p, const Rows<T, F, 1>& row, const U* dir
     for (int v = 0; v < 2; ++v) add_up(row.template edited_part<true>(0, i + 16 * v, 16), v);
   }
   if (i < d) {
-    changed<T, U, F, 1, 0, false>(p, row, directions, b, k, i, h);
+    changed_tail<T, U, F>(p, row, directions, b, k, i, h);
     for (int v = 0; v < 2; ++v) add_up(row.template edited_part<false>(0, i + 16 * v, d - i - 16 * v), v);
   }
   return edit_rescale(norm, sum(add(old[0], old[1])), sum(add(now[0], now[1])));
@@ -241,8 +258,9 @@ void edit_rows(const EditParams& p, const int32_t* index) {
     rescaled = rescaled || factor[r] != 1.0f;
   }
   const float* const factors = rescaled ? factor : nullptr;
-  if (k == 4)
-    update<T, U, F, R, 4>(p, rows, directions, b, k, factors, squares);
+  constexpr int kCommon = kRows > 1 ? 4 : 0;  // four directions, unrolled where registers hold them
+  if (kCommon > 0 && k == kCommon)
+    update<T, U, F, R, kCommon>(p, rows, directions, b, k, factors, squares);
   else
     update<T, U, F, R, 0>(p, rows, directions, b, k, factors, squares);
   if (F != Form::in_place)
@@ -288,7 +306,7 @@ void plain_typed(const EditParams& p, const int32_t* index, int n) {
     }
     if (i < d) {
       for (int v = 0; v < 2; ++v) h[0][v] = load_some(row.x[0] + i + 16 * v, d - i - 16 * v);
-      written<T, Form::mlp_out, 1, false>(row, i, d - i, h, squares);
+      written_tail<T, Form::mlp_out>(row, i, d - i, h, squares);
     }
     normalise<T>(p, index[r], sum(add(squares[0][0], squares[0][1])));
   }

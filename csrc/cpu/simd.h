@@ -17,6 +17,9 @@
 
 #include "rainkernels/dtypes.h"
 
+// For what is long or rare: one copy in a kernel's file, however many specialisations call it.
+#define RK_OUT_OF_LINE __attribute__((noinline, unused))
+
 namespace rainkernels {
 namespace RK_ISA {
 
@@ -377,7 +380,7 @@ static inline float fma_one(float a, float b, float c) {
   memcpy(&odd, &bits, 8);
   return static_cast<float>(odd);
 }
-static inline F16 fma(F16 a, F16 b, F16 c) {
+static RK_OUT_OF_LINE F16 fma(F16 a, F16 b, F16 c) {
   RK_LANES(fma_one(a.v[i], b.v[i], c.v[i]));
 }
 #endif
@@ -402,7 +405,7 @@ static inline F16 load16(const float* p) {
 static inline F16 load_bf16(const uint16_t* p) {
   RK_LANES(bits_float(uint32_t{p[i]} << 16));
 }
-static inline F16 load_f16(const uint16_t* p) {
+static RK_OUT_OF_LINE F16 load_f16(const uint16_t* p) {
   F16 r;
   for (int i = 0; i < 16; ++i) {
     const uint32_t sign = uint32_t{p[i] & 0x8000u} << 16, body = uint32_t{p[i] & 0x7fffu} << 13;
@@ -442,10 +445,10 @@ static inline uint32_t lanes_at_least(F16 a, F16 b) {
 #undef RK_LANES
 
 // Stores rounded to nearest even, NaN as in dtypes.h.
-static inline void store_bf16(uint16_t* p, F16 a) {
+static RK_OUT_OF_LINE void store_bf16(uint16_t* p, F16 a) {
   for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(a.v[i]);
 }
-static inline void store_f16(uint16_t* p, F16 a) {
+static RK_OUT_OF_LINE void store_f16(uint16_t* p, F16 a) {
   for (int i = 0; i < 16; ++i) p[i] = float_to_f16(a.v[i]);
 }
 
