@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def check_tensor(
         raise StrideError(f"{name} has strides {list(t.stride())}, expected contiguous memory: call .contiguous()")
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether it is a Python number that a double holds."""
     return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 

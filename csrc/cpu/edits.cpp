@@ -84,7 +84,16 @@ int64_t edits(const EditParams& p) {
   const int32_t* const rows = plan.rows.data();
   const int num_blocks = static_cast<int>(plan.blocks.size());
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (int b = 0; b < num_blocks; ++b) (blocks[b].live ? k.edited : k.plain)(p, rows + blocks[b].begin, blocks[b].rows);
+  for (int b = 0; b < num_blocks; ++b) {
+    const int32_t* const mine = rows + blocks[b].begin;
+    // What this thread most likely does next.
+    const int later = b + threads;
+    const int32_t next = later < num_blocks && blocks[later].live ? rows[blocks[later].begin] : -1;
+    if (blocks[b].live)
+      k.edited(p, mine, blocks[b].rows, next);
+    else
+      k.plain(p, mine, blocks[b].rows);
+  }
   return -1;
 }
 

@@ -17,7 +17,8 @@ struct EditKernels {
   // Residual add and RMSNorm of rows without an edit.
   void (*plain)(const EditParams& p, const int32_t* rows, int num_rows);
   // At most kEditBlock rows that read the same directions: one slot, or any live slots of a shared basis.
-  void (*edited)(const EditParams& p, const int32_t* rows, int num_rows);
+  // next: a row whose directions are wanted soon, or -1.
+  void (*edited)(const EditParams& p, const int32_t* rows, int num_rows, int32_t next);
 };
 
 namespace baseline {

@@ -138,17 +138,19 @@ RK_ALWAYS inline void changed(const EditParams& p, const Rows<T, F, R>& rows, co
 
 // Writes two vectors of R rows and adds up the squares of what was written.
 template <class T, Form F, int R, bool Whole>
-RK_ALWAYS inline void written(const Rows<T, F, R>& rows, int i, int n, const F16 (*h)[2], F16 (*squares)[2]) {
+RK_ALWAYS inline void written(const Rows<T, F, R>& rows, int i, int n, F16 (*h)[2], F16 (*squares)[2]) {
+  // All loads before the first store: rows whose distance is a multiple of 4096 bytes would wait for each other.
+  if (F == Form::mlp_out) {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < 2; ++v) h[r][v] = add(take<Whole>(rows.residual[r] + i + 16 * v, n - 16 * v), h[r][v]);
+  }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < 2; ++v) {
-      const int at = i + 16 * v, left = n - 16 * v;
+      const int left = n - 16 * v;
       if (!Whole && left <= 0) continue;
-      T* const to = (F == Form::in_place ? rows.x[r] : rows.residual[r]) + at;
-      F16 y = h[r][v];
-      if (F == Form::mlp_out) y = add(take<Whole>(to, left), y);
-      keep<Whole>(to, y, left);
+      keep<Whole>((F == Form::in_place ? rows.x[r] : rows.residual[r]) + i + 16 * v, h[r][v], left);
       if (F == Form::in_place) continue;
-      y = rounded<T>(y);
+      const F16 y = rounded<T>(h[r][v]);
       squares[r][v] = fma(y, y, squares[r][v]);
     }
   }
@@ -156,18 +158,27 @@ RK_ALWAYS inline void written(const Rows<T, F, R>& rows, int i, int n, const F16
 
 template <class T, class U, Form F>
 RK_OUT_OF_LINE void changed_tail(const EditParams& p, const Rows<T, F, 1>& row, const U* directions,
-                              const float (*b)[kMaxDirections], int k, int i, F16 (*h)[2]) {
+                                 const float (*b)[kMaxDirections], int k, int i, F16 (*h)[2]) {
   changed<T, U, F, 1, 0, false>(p, row, directions, b, k, i, h);
 }
 
 template <class T, Form F>
-RK_OUT_OF_LINE void written_tail(const Rows<T, F, 1>& row, int i, int n, const F16 (*h)[2], F16 (*squares)[2]) {
+RK_OUT_OF_LINE void written_tail(const Rows<T, F, 1>& row, int i, int n, F16 (*h)[2], F16 (*squares)[2]) {
   written<T, F, 1, false>(row, i, n, h, squares);
+}
+
+// The next row's directions, where it has its own: this pass waits for the second cache, they for the last one.
+template <class U>
+RK_ALWAYS inline void fetch_columns(const U* directions, int k, int d, int i) {
+  for (int j = 0; directions != nullptr && j < k; ++j) {
+    __builtin_prefetch(directions + int64_t{j} * d + i, 0, 2);
+    if (sizeof(U) == 4) __builtin_prefetch(directions + int64_t{j} * d + i + 16, 0, 2);
+  }
 }
 
 template <class T, class U, Form F, int R, int K>
 void update(const EditParams& p, const Rows<T, F, R>& rows, const U* directions, const float (*b)[kMaxDirections],
-            int k, const float* factor, float* total) {
+            int k, const float* factor, float* total, const U* next) {
   const int d = p.hidden;
   F16 h[R][2], squares[R][2];
   for (int r = 0; r < R; ++r) squares[r][0] = squares[r][1] = zero();
@@ -178,6 +189,7 @@ void update(const EditParams& p, const Rows<T, F, R>& rows, const U* directions,
   };
   int i = 0;
   for (; i + kStep <= d; i += kStep) {
+    if (R == 1) fetch_columns(next, k, d, i);
     changed<T, U, F, R, K, true>(p, rows, directions, b, k, i, h);
     rescale();
     written<T, F, R, true>(rows, i, d - i, h, squares);
@@ -240,7 +252,7 @@ void normalise(const EditParams& p, int32_t row, float squares) {
 }
 
 template <class T, class U, Form F, int R>
-void edit_rows(const EditParams& p, const int32_t* index) {
+void edit_rows(const EditParams& p, const int32_t* index, const U* next = nullptr) {
   const EditTableView& t = p.table;
   const Rows<T, F, R> rows(p, index);
   const int slot = p.slots[index[0]];
@@ -260,37 +272,40 @@ void edit_rows(const EditParams& p, const int32_t* index) {
   const float* const factors = rescaled ? factor : nullptr;
   constexpr int kCommon = kRows > 1 ? 4 : 0;  // four directions, unrolled where registers hold them
   if (kCommon > 0 && k == kCommon)
-    update<T, U, F, R, kCommon>(p, rows, directions, b, k, factors, squares);
+    update<T, U, F, R, kCommon>(p, rows, directions, b, k, factors, squares, next);
   else
-    update<T, U, F, R, 0>(p, rows, directions, b, k, factors, squares);
+    update<T, U, F, R, 0>(p, rows, directions, b, k, factors, squares, next);
   if (F != Form::in_place)
     for (int r = 0; r < R; ++r) normalise<T>(p, index[r], squares[r]);
 }
 
 template <class T, class U, Form F>
-void edit_block(const EditParams& p, const int32_t* rows, int n) {
+void edit_block(const EditParams& p, const int32_t* rows, int n, int32_t next) {
   for (; n >= kRows; n -= kRows, rows += kRows) edit_rows<T, U, F, kRows>(p, rows);
-  for (; n > 0; --n, ++rows) edit_rows<T, U, F, 1>(p, rows);
+  const EditTableView& t = p.table;
+  const bool own = next >= 0 && p.slots[next] != p.slots[rows[0]];
+  const U* const then = own ? static_cast<const U*>(t.directions) + p.slots[next] * t.slot_step : nullptr;
+  for (; n > 0; --n, ++rows) edit_rows<T, U, F, 1>(p, rows, then);
 }
 
 template <class T, class U>
-void edit_typed(const EditParams& p, const int32_t* rows, int n) {
+void edit_typed(const EditParams& p, const int32_t* rows, int n, int32_t next) {
   if (!p.fused)
-    edit_block<T, U, Form::in_place>(p, rows, n);
+    edit_block<T, U, Form::in_place>(p, rows, n, next);
   else if (p.tap == EditTap::mlp_out)
-    edit_block<T, U, Form::mlp_out>(p, rows, n);
+    edit_block<T, U, Form::mlp_out>(p, rows, n, next);
   else
-    edit_block<T, U, Form::block_out>(p, rows, n);
+    edit_block<T, U, Form::block_out>(p, rows, n, next);
 }
 
 template <class T>
-void edit_table(const EditParams& p, const int32_t* rows, int n) {
+void edit_table(const EditParams& p, const int32_t* rows, int n, int32_t next) {
   if (p.table.dtype == Dtype::f32)
-    edit_typed<T, float>(p, rows, n);
+    edit_typed<T, float>(p, rows, n, next);
   else if (p.table.dtype == Dtype::bf16)
-    edit_typed<T, Bf16>(p, rows, n);
+    edit_typed<T, Bf16>(p, rows, n, next);
   else
-    edit_typed<T, Half>(p, rows, n);
+    edit_typed<T, Half>(p, rows, n, next);
 }
 
 template <class T>
@@ -312,13 +327,13 @@ void plain_typed(const EditParams& p, const int32_t* index, int n) {
   }
 }
 
-void edited(const EditParams& p, const int32_t* rows, int n) {
+void edited(const EditParams& p, const int32_t* rows, int n, int32_t next) {
   if (p.dtype == Dtype::f32)
-    edit_table<float>(p, rows, n);
+    edit_table<float>(p, rows, n, next);
   else if (p.dtype == Dtype::bf16)
-    edit_table<Bf16>(p, rows, n);
+    edit_table<Bf16>(p, rows, n, next);
   else
-    edit_table<Half>(p, rows, n);
+    edit_table<Half>(p, rows, n, next);
 }
 
 void plain(const EditParams& p, const int32_t* rows, int n) {
