@@ -84,7 +84,7 @@ def _row_constants(hidden: int, num_directions: int) -> dict[str, int]:
 
 # Room for directions -> elements of a block, warps: for a bfloat16 basis, and for one multiplied as float32. Found by
 # compiling for sm_80 and sm_90 under Triton 3.6 and 3.9, neighbours of these spill.
-_NARROW_BASIS = {16: (64, 8), 64: (128, 8), 256: (32, 8)}
+_NARROW_BASIS = {16: (32, 4), 64: (128, 8), 256: (32, 8)}
 _BASIS = {16: (64, 4), 64: (64, 8), 256: (16, 8)}
 
 
