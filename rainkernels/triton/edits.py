@@ -83,7 +83,7 @@ def _row_constants(hidden: int, num_directions: int) -> dict[str, int]:
 
 
 # Room for directions -> elements of a block, warps: for a bfloat16 basis, and for one multiplied as float32. Found by
-# compiling for sm_80 and sm_90 under Triton 3.6 and 3.9, neighbours of these spill.
+# compiling for sm_80 and sm_90 under Triton 3.6 and 3.9, most larger ones spill.
 _NARROW_BASIS = {16: (32, 4), 64: (128, 8), 256: (32, 8)}
 _BASIS = {16: (64, 4), 64: (64, 8), 256: (16, 8)}
 
@@ -110,9 +110,9 @@ _FLOAT_TABLE, _INT_TABLE = ("scale", "gram", "alpha", "target"), ("slots", "op",
 
 
 def aot_kernels() -> list[AotKernel]:
-    """Configurations of the launchers: every form, the widest row and the most directions of each kind.
+    """A sample of what the launchers can choose: every form, the widest rows and the most directions of each kind.
 
-    Smaller ones need less. bfloat16 and float32 lie at the ends; float16 and rows with a wider table come in one form.
+    All forms in bfloat16 and float32; float16, and rows with a wider table, come in one form. Other sizes are not compiled.
     """
     found = []
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
