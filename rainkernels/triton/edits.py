@@ -71,28 +71,33 @@ def _launch(
         )  # fmt: skip
 
 
-def _power_of_two(n: int, least: int) -> int:
-    while least < n:
-        least *= 2
-    return least
-
-
 def _row_constants(hidden: int, num_directions: int) -> dict[str, int]:
-    """In registers: eight elements per thread (sixteen in the widest), so that four directions fit beside the row."""
+    """In registers: eight elements per thread, so that four directions fit beside the row.
+
+    In the widest 32, whose 255 registers hold them; 16 elements in 128 registers spill under Triton 3.6.
+    """
     if hidden > MAX_REGISTER_ROW:
-        return {"BLOCK": 4096, "ROOM": _power_of_two(num_directions, 4), "num_warps": 8, "num_stages": 2}
-    block = _power_of_two(hidden, 128)
-    return {"BLOCK": block, "num_warps": max(1, min(16, block // 256)), "num_stages": 1}
+        return {"BLOCK": 4096, "ROOM": _room(num_directions), "num_warps": 8, "num_stages": 2}
+    block = max(128, 1 << (hidden - 1).bit_length())
+    return {"BLOCK": block, "num_warps": 8 if block > 4096 else max(1, block // 256), "num_stages": 1}
+
+
+# Room for directions -> elements of a block, warps: for a bfloat16 basis, and for one multiplied as float32. Found by
+# compiling for sm_80 and sm_90 under Triton 3.6 and 3.9, most larger ones spill.
+_NARROW_BASIS = {16: (32, 4), 64: (128, 8), 256: (32, 8)}
+_BASIS = {16: (64, 4), 64: (64, 8), 256: (16, 8)}
 
 
 def _basis_constants(num_directions: int, rows: torch.dtype, basis: torch.dtype) -> dict[str, int | bool]:
-    """Room for all directions, and blocks that keep a tile of them at 8,192 elements."""
-    room = _power_of_two(num_directions, 16)
+    room = _room(num_directions)
     narrow = rows == basis == torch.bfloat16
-    return {
-        "NARROW": narrow, "BLOCK": max(32, min(128, 8192 // room)), "ROOM": room,
-        "num_warps": 8 if room > 64 else 4, "num_stages": 2,
-    }  # fmt: skip
+    block, warps = (_NARROW_BASIS if narrow else _BASIS)[room]
+    return {"NARROW": narrow, "BLOCK": block, "ROOM": room, "num_warps": warps, "num_stages": 2}
+
+
+def _room(num_directions: int) -> int:
+    """Few sizes: each is a compilation."""
+    return next(room for room in (16, 64, 256) if num_directions <= room)
 
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -105,26 +110,29 @@ _FLOAT_TABLE, _INT_TABLE = ("scale", "gram", "alpha", "target"), ("slots", "op",
 
 
 def aot_kernels() -> list[AotKernel]:
-    """The launchers' configurations: row sizes from the smallest to the largest of each kind, all forms and dtypes."""
+    """A sample of what the launchers can choose: every form, the widest rows and the most directions of each kind.
+
+    All forms in bfloat16 and float32; float16, and rows with a wider table, come in one form. Other sizes are not compiled.
+    """
     found = []
-    pairs = [(t, t) for t in _TYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
-    for (rows, stored), (form, flags) in itertools.product(pairs, _FORMS.items()):
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    work = [(bf16, bf16, form) for form in _FORMS] + [(fp32, fp32, form) for form in _FORMS]
+    for rows, stored, form in [*work, (fp16, fp16, "block_out-gemma"), (bf16, fp32, "mlp_out-llama")]:
         tag = f"{form}-{_TYPES[rows][1:]}-{_TYPES[stored][1:]}"
-        for hidden in (100, 4096, 8192) if rows == stored else (8192,):
+        flags = _FORMS[form]
+        for hidden in (100, 4096, 8192) if rows == stored == bf16 else (4096, 8192):
             constants = flags | {"EDITS": True} | _row_constants(hidden, 4)
             found.append(_aot(f"edits_row-{tag}-d{hidden}", edit_row_kernel, rows, stored, constants))
-        for room in (4, 256) if rows == stored else (8,):
-            constants = flags | {"EDITS": True} | _row_constants(16384, room)
-            found.append(_aot(f"edits_wide-{tag}-k{room}", edit_wide_row_kernel, rows, stored, constants))
-        for room in (16, 64, 256) if rows == stored else (64,):
+        constants = flags | {"EDITS": True} | _row_constants(16384, 256)
+        found.append(_aot(f"edits_wide-{tag}-k256", edit_wide_row_kernel, rows, stored, constants))
+        for room in (16, 64, 256):
             constants = flags | _basis_constants(room, rows, stored)
             found.append(_aot(f"edits_basis-{tag}-r{room}", edit_basis_kernel, rows, stored, constants))
-    for rows, gemma in itertools.product(_TYPES, (False, True)):
-        flags = {"FUSED": True, "BLOCK_OUT": False, "GEMMA": gemma, "EDITS": False}
-        name = f"{'gemma' if gemma else 'llama'}-{_TYPES[rows][1:]}"
-        for kernel, hidden in ((edit_row_kernel, 8192), (edit_wide_row_kernel, 16384)):
-            constants = flags | _row_constants(hidden, 1)
-            found.append(_aot(f"edits_plain-{name}-d{hidden}", kernel, rows, rows, constants))
+    for rows, (kernel, hidden) in itertools.product(
+        (bf16, fp32), ((edit_row_kernel, 8192), (edit_wide_row_kernel, 16384))
+    ):
+        constants = _FORMS["mlp_out-llama"] | {"EDITS": False} | _row_constants(hidden, 1)
+        found.append(_aot(f"edits_plain-{_TYPES[rows][1:]}-d{hidden}", kernel, rows, rows, constants))
     return found
 
 

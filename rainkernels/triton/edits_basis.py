@@ -8,6 +8,8 @@ import triton.language as tl
 from rainkernels.triton.edits_maths import coefficient, normalised, rescale
 
 ROWS: tl.constexpr = tl.constexpr(16)
+# Triton decides at import whether functions are compiled or interpreted.
+INTERPRETED: tl.constexpr = tl.constexpr(not isinstance(coefficient, triton.runtime.JITFunction))
 
 
 @triton.jit
@@ -17,6 +19,8 @@ def _product(a, b, NARROW: tl.constexpr):
     if NARROW:
         high = a.to(tl.bfloat16)
         low = (a - high.to(tl.float32)).to(tl.bfloat16)
+        if INTERPRETED:  # it multiplies bfloat16 as if it were integers; the products are exact in float32
+            high, low, b = high.to(tl.float32), low.to(tl.float32), b.to(tl.float32)
         return tl.dot(high, b, tl.dot(low, b))
     return tl.dot(a, b.to(tl.float32), input_precision="tf32x3")
 
@@ -35,6 +39,22 @@ def _directions(basis, lane, offs, num_directions, hidden):
     """[directions, block]"""
     inside = (lane[:, None] < num_directions) & (offs[None, :] < hidden)
     return tl.load(basis + lane[:, None].to(tl.int64) * hidden + offs[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _change(steps, basis, offs, num_directions, hidden, NARROW: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
+    """steps @ directions, [rows, block]. Every warp holds all steps it multiplies by: 64 at a time, or they would spill."""
+    CHUNK: tl.constexpr = min(ROOM, 64)
+    lane = tl.arange(0, CHUNK)
+    if ROOM <= CHUNK:
+        return _product(steps, _directions(basis, lane, offs, num_directions, hidden), NARROW)
+    change = tl.zeros([ROWS, BLOCK], tl.float32)
+    chunks = tl.reshape(steps, [ROWS, ROOM // CHUNK, CHUNK])
+    at = tl.arange(0, ROOM // CHUNK)[None, :, None] * CHUNK
+    for j in range(0, num_directions, CHUNK):
+        some = tl.sum(tl.where(at == j, chunks, 0.0), 1)
+        change += _product(some, _directions(basis, j + lane, offs, num_directions, hidden), NARROW)
+    return change
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots", "num_directions"])
@@ -76,7 +96,7 @@ def edit_basis_kernel(
                 offs = i + tl.arange(0, BLOCK)
                 ok = there[:, None] & (offs[None, :] < hidden)
                 h = _tile(x, residual, rows, offs, ok, x_stride, residual_stride, BLOCK_OUT)
-                h += _product(steps, _directions(basis, lane, offs, num_directions, hidden), NARROW)
+                h += _change(steps, basis, offs, num_directions, hidden, NARROW, BLOCK, ROOM)
                 new += tl.sum(h * h, 1)
             factor = rescale(mode, old, new)
     squares = tl.zeros([ROWS], tl.float32)
@@ -86,7 +106,7 @@ def edit_basis_kernel(
             ok = there[:, None] & (offs[None, :] < hidden)
             h = _tile(x, residual, rows, offs, ok, x_stride, residual_stride, BLOCK_OUT)
             if some:
-                delta = _product(steps, _directions(basis, lane, offs, num_directions, hidden), NARROW)
+                delta = _change(steps, basis, offs, num_directions, hidden, NARROW, BLOCK, ROOM)
                 h = tl.where(live[:, None], (h + delta) * factor[:, None], h)
             if FUSED:
                 into = residual + rows[:, None] * residual_stride + offs[None, :]
