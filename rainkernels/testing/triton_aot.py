@@ -105,7 +105,9 @@ def compile_kernel(kernel: AotKernel, arch: int) -> tuple[int, int, int, int]:
         constexprs=dict(kernel.constexprs),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned},
     )
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    options: dict[str, Any] = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    if kernel.max_registers is not None:
+        options["maxnreg"] = kernel.max_registers
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = _usage(compiled.asm["cubin"])
     return usage["REG"], usage["STACK"], usage["LOCAL"], int(compiled.metadata.shared) + usage["SHARED"]

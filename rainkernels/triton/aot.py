@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["AotKernel"]
+__all__ = ["ALL_REGISTERS", "AotKernel"]
 
 
 @dataclass(frozen=True)
@@ -24,3 +24,9 @@ class AotKernel:
     num_warps: int
     num_stages: int
     aligned: tuple[str, ...] = field(default=())  # arguments divisible by 16, as the launcher's are
+    max_registers: int | None = None  # per thread, where the launcher says
+
+
+# Registers per thread when a block of eight warps has the processor for itself. Told so, ptxas does not spill for a second
+# block, as it otherwise does at 64 or 128.
+ALL_REGISTERS = 255

@@ -46,6 +46,11 @@ def pieces(dim: int, smallest: int = 16) -> tuple[int, int]:
     return (whole, 0) if first < 16 or first + second >= whole else (first, second)
 
 
+def halves(parts: tuple[int, int]) -> tuple[int, int]:
+    """One piece of 256 as two of 128."""
+    return (128, 128) if parts == (256, 0) else parts
+
+
 def choose_tiles(dtype: torch.dtype, head_dim: int, head_dim_v: int, group: int, num_rows: int) -> Tiles:
     """Tiles for `group` query heads per KV head and at most `num_rows` rows.
 
@@ -60,11 +65,14 @@ def choose_tiles(dtype: torch.dtype, head_dim: int, head_dim_v: int, group: int,
     else:
         # A last piece of 16 columns cannot be dealt out to the four warps of a 16-row tile.
         k_narrow, v_narrow = pieces(head_dim, 32), pieces(head_dim_v, 32)
+        if large:
+            # In halves: 256 columns at once leave too few registers for 64 rows.
+            k, v, k_narrow, v_narrow = (halves(parts) for parts in (k, v, k_narrow, v_narrow))
         narrow = Tile(16, 32 if large else 64, 4, 3, k_narrow, v_narrow)
         if large:
             wide = Tile(64, 32, 8, 2, k, v)
         elif num_rows * group <= 64:
-            wide = Tile(64, 64, 4, 2, k, v)
+            wide = Tile(64, 64, 8 if max(sum(k), sum(v)) > 96 else 4, 2, k, v)
         else:
             wide = Tile(128, 64, 8, 3, k, v)
     splits = -(-group // wide.row_heads)

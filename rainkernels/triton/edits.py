@@ -47,15 +47,19 @@ def _launch(
     place = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
     rows, hidden = x.shape
     strides = (x.stride(0), residual.stride(0), out.stride(0))
+    add = True
     with place:
         if hasattr(table, "basis"):
             tensors = (slots, table.basis, table.scale, table.op, table.alpha, table.target, table.norm)
             tile_rows = int(ROWS.value)
             edit_basis_kernel[(-(-rows // tile_rows),)](
-                x, residual, out, weight, *tensors, *strides, rows, table.num_slots, table.max_directions, hidden,
-                eps, offset, **flags, **_basis_constants(table.max_directions, x.dtype, table.basis.dtype),
+                x, residual, *tensors, *strides[:2], rows, table.num_slots, table.max_directions, hidden,
+                FUSED=flags["FUSED"], BLOCK_OUT=flags["BLOCK_OUT"],
+                **_basis_constants(table.max_directions, x.dtype, table.basis.dtype),
             )  # fmt: skip
-            return
+            if not flags["FUSED"]:
+                return
+            table, add, flags = None, False, flags | {"BLOCK_OUT": False}
         # Without a table the pointers stand for nothing and are not followed.
         tensors, sizes = (x,) * 9, (1, 1)
         if table is not None:
@@ -67,7 +71,7 @@ def _launch(
         kernel = edit_row_kernel if hidden <= MAX_REGISTER_ROW else edit_wide_row_kernel
         kernel[(rows,)](
             x, residual, out, weight, *tensors, *strides, *sizes, hidden, eps, offset,
-            **flags, EDITS=table is not None, **_row_constants(hidden, sizes[1]),
+            **flags, ADD=add, EDITS=table is not None, **_row_constants(hidden, sizes[1]),
         )  # fmt: skip
 
 
@@ -121,18 +125,18 @@ def aot_kernels() -> list[AotKernel]:
         tag = f"{form}-{_TYPES[rows][1:]}-{_TYPES[stored][1:]}"
         flags = _FORMS[form]
         for hidden in (100, 4096, 8192) if rows == stored == bf16 else (4096, 8192):
-            constants = flags | {"EDITS": True} | _row_constants(hidden, 4)
+            constants = flags | {"ADD": True, "EDITS": True} | _row_constants(hidden, 4)
             found.append(_aot(f"edits_row-{tag}-d{hidden}", edit_row_kernel, rows, stored, constants))
-        constants = flags | {"EDITS": True} | _row_constants(16384, 256)
+        constants = flags | {"ADD": True, "EDITS": True} | _row_constants(16384, 256)
         found.append(_aot(f"edits_wide-{tag}-k256", edit_wide_row_kernel, rows, stored, constants))
         for room in (16, 64, 256):
-            constants = flags | _basis_constants(room, rows, stored)
+            constants = {n: flags[n] for n in ("FUSED", "BLOCK_OUT")} | _basis_constants(room, rows, stored)
             found.append(_aot(f"edits_basis-{tag}-r{room}", edit_basis_kernel, rows, stored, constants))
-    for rows, (kernel, hidden) in itertools.product(
-        (bf16, fp32), ((edit_row_kernel, 8192), (edit_wide_row_kernel, 16384))
-    ):
-        constants = _FORMS["mlp_out-llama"] | {"EDITS": False} | _row_constants(hidden, 1)
-        found.append(_aot(f"edits_plain-{_TYPES[rows][1:]}-d{hidden}", kernel, rows, rows, constants))
+    sizes = ((edit_row_kernel, 8192), (edit_wide_row_kernel, 16384))
+    for rows, (kernel, hidden), add in itertools.product((bf16, fp32), sizes, (True, False)):
+        constants = _FORMS["mlp_out-llama"] | {"ADD": add, "EDITS": False} | _row_constants(hidden, 1)
+        name = f"edits_{'plain' if add else 'norm'}-{_TYPES[rows][1:]}-d{hidden}"
+        found.append(_aot(name, kernel, rows, rows, constants))
     return found
 
 
@@ -140,9 +144,11 @@ def _aot(name: str, fn: Any, rows: torch.dtype, stored: torch.dtype, constants: 
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     names = [n for n in fn.arg_names if n not in constants]
     edits = constants.get("EDITS", True)
-    types = dict.fromkeys(names, "i32") | {"eps": "fp32", "offset": "fp32"}
+    types = dict.fromkeys(names, "i32")
     for n in names:
-        if n in ("x", "residual", "out", "weight") or (not edits and n in (*_FLOAT_TABLE, *_INT_TABLE)):
+        if n in ("eps", "offset"):
+            types[n] = "fp32"
+        elif n in ("x", "residual", "out", "weight") or (not edits and n in (*_FLOAT_TABLE, *_INT_TABLE)):
             types[n] = _TYPES[rows]
         elif n in ("directions", "basis"):
             types[n] = _TYPES[stored]

@@ -1,11 +1,13 @@
-"""Kernel for a shared basis: sixteen rows against all directions as two matrix products."""
+"""Kernel for a shared basis: sixteen rows against all directions as two matrix products.
+
+The norm of the fused form follows as a launch of the row kernel, so that its sums are those of rows without a table."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from rainkernels.triton.edits_maths import coefficient, normalised, rescale
+from rainkernels.triton.edits_maths import coefficient, rescale
 
 ROWS: tl.constexpr = tl.constexpr(16)
 # Triton decides at import whether functions are compiled or interpreted.
@@ -59,10 +61,9 @@ def _change(steps, basis, offs, num_directions, hidden, NARROW: tl.constexpr, BL
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots", "num_directions"])
 def edit_basis_kernel(
-    x, residual, out, weight, slots, basis, scale, op, alpha, target, norm,
-    x_stride, residual_stride, out_stride, num_rows, num_slots, num_directions, hidden, eps, offset,
-    FUSED: tl.constexpr, BLOCK_OUT: tl.constexpr, GEMMA: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,
-    ROOM: tl.constexpr,
+    x, residual, slots, basis, scale, op, alpha, target, norm,
+    x_stride, residual_stride, num_rows, num_slots, num_directions, hidden,
+    FUSED: tl.constexpr, BLOCK_OUT: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -99,7 +100,6 @@ def edit_basis_kernel(
                 h += _change(steps, basis, offs, num_directions, hidden, NARROW, BLOCK, ROOM)
                 new += tl.sum(h * h, 1)
             factor = rescale(mode, old, new)
-    squares = tl.zeros([ROWS], tl.float32)
     if FUSED or some:
         for i in range(0, hidden, BLOCK):
             offs = i + tl.arange(0, BLOCK)
@@ -113,17 +113,5 @@ def edit_basis_kernel(
                 if not BLOCK_OUT:
                     h = tl.load(into, mask=ok, other=0.0).to(tl.float32) + h
                 tl.store(into, h.to(dtype), mask=ok)
-                y = h.to(dtype).to(tl.float32)
-                squares += tl.sum(y * y, 1)
             else:
                 tl.store(x + rows[:, None] * x_stride + offs[None, :], h.to(dtype), mask=ok & live[:, None])
-    if FUSED:
-        tl.debug_barrier()  # the tiles written above are read again
-        mean = (squares / hidden)[:, None]
-        for i in range(0, hidden, BLOCK):
-            offs = i + tl.arange(0, BLOCK)
-            ok = there[:, None] & (offs[None, :] < hidden)
-            y = tl.load(residual + rows[:, None] * residual_stride + offs[None, :], mask=ok, other=0.0).to(tl.float32)
-            w = tl.load(weight + offs, mask=offs < hidden, other=0.0).to(tl.float32)[None, :]
-            y = normalised(y, w, mean, eps, offset, GEMMA, dtype)
-            tl.store(out + rows[:, None] * out_stride + offs[None, :], y.to(dtype), mask=ok)

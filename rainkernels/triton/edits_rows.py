@@ -70,14 +70,18 @@ def edited_row(h, offs, slot, used, directions, scale, gram, op, alpha, target, 
 def edit_row_kernel(
     x, residual, out, weight, slots, directions, scale, gram, op, alpha, target, count, norm,
     x_stride, residual_stride, out_stride, num_slots, num_directions, hidden, eps, offset,
-    FUSED: tl.constexpr, EDITS: tl.constexpr, BLOCK_OUT: tl.constexpr, GEMMA: tl.constexpr, BLOCK: tl.constexpr,
+    FUSED: tl.constexpr, ADD: tl.constexpr, EDITS: tl.constexpr, BLOCK_OUT: tl.constexpr, GEMMA: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """ADD off: residual holds the sum already and is normalised only; BLOCK_OUT is off, too."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     inside = offs < hidden
     dtype: tl.constexpr = x.dtype.element_ty
     x_row = x + row * x_stride + offs
-    h = tl.load(x_row, mask=inside, other=0.0).to(tl.float32)
+    h = tl.zeros([BLOCK], tl.float32)
+    if ADD:
+        h = tl.load(x_row, mask=inside, other=0.0).to(tl.float32)
     residual_row = residual + row * residual_stride + offs
     # Fetched beside x; in the widest rows after the edit, whose registers it would take.
     EARLY: tl.constexpr = BLOCK_OUT or BLOCK <= 4096
@@ -96,10 +100,13 @@ def edit_row_kernel(
     if FUSED:
         if not EARLY:
             r = tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
-        if not BLOCK_OUT:
+        if not ADD:
+            h = r
+        elif not BLOCK_OUT:
             h = r + h
         summed = h.to(dtype)
-        tl.store(residual_row, summed, mask=inside)
+        if ADD:
+            tl.store(residual_row, summed, mask=inside)
         y = summed.to(tl.float32)
         w = tl.load(weight + offs, mask=inside, other=0.0).to(tl.float32)
         y = normalised(y, w, tl.sum(y * y, 0) / hidden, eps, offset, GEMMA, dtype)
@@ -130,8 +137,8 @@ def _moved(h, offs, steps, at, used, directions, hidden, ROOM: tl.constexpr):
 def edit_wide_row_kernel(
     x, residual, out, weight, slots, directions, scale, gram, op, alpha, target, count, norm,
     x_stride, residual_stride, out_stride, num_slots, num_directions, hidden, eps, offset,
-    FUSED: tl.constexpr, EDITS: tl.constexpr, BLOCK_OUT: tl.constexpr, GEMMA: tl.constexpr, BLOCK: tl.constexpr,
-    ROOM: tl.constexpr,
+    FUSED: tl.constexpr, ADD: tl.constexpr, EDITS: tl.constexpr, BLOCK_OUT: tl.constexpr, GEMMA: tl.constexpr,
+    BLOCK: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """All components from the unedited row, then the Gram matrix, then the change: the row is read twice."""
     row = tl.program_id(0).to(tl.int64)
@@ -175,13 +182,15 @@ def edit_wide_row_kernel(
     squares = tl.zeros([BLOCK], tl.float32)
     if FUSED or used > 0:
         for i in range(0, hidden, BLOCK):
-            h, offs = _piece(x_row, residual_row, i, hidden, BLOCK_OUT, BLOCK)
+            # Without ADD the block's output is the sum itself.
+            h, offs = _piece(x_row if ADD else residual_row, residual_row, i, hidden, BLOCK_OUT, BLOCK)
             if EDITS and used > 0:
                 h = _moved(h, offs, steps, at, used, directions, hidden, ROOM) * factor
             if FUSED:
-                if not BLOCK_OUT:
-                    h = tl.load(residual_row + offs, mask=offs < hidden, other=0.0).to(tl.float32) + h
-                tl.store(residual_row + offs, h.to(dtype), mask=offs < hidden)
+                if ADD:
+                    if not BLOCK_OUT:
+                        h = tl.load(residual_row + offs, mask=offs < hidden, other=0.0).to(tl.float32) + h
+                    tl.store(residual_row + offs, h.to(dtype), mask=offs < hidden)
                 y = h.to(dtype).to(tl.float32)
                 squares += y * y
             else:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rainkernels.errors import RangeError
 from rainkernels.triton import logits_filter, logits_mix
-from rainkernels.triton.aot import AotKernel
+from rainkernels.triton.aot import ALL_REGISTERS, AotKernel
 from rainkernels.triton.logits_rank import rank_rows_kernel, rank_tiles_kernel
 from rainkernels.triton.logits_rows import mix_rows_kernel
 from rainkernels.triton.logits_tiles import mix_tiles_kernel, plausible_tiles_kernel
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["aot_kernels", "mix_sample", "rank", "workspace_floats"]
 
 _TILE = int(logits_mix.TILE.value)
+# Tokens per step over a row: twice as many spill for some dtypes and numbers of models.
+_ROW_BLOCK = 1024
 _MAX_VOCAB = 1024 * _TILE  # one program combines the tiles of a row
 _ORDERS = {
     "k_p_min": int(logits_filter.K_P_MIN.value),
@@ -63,11 +65,6 @@ def _tile_block(tiles: int) -> int:
 def _check_vocab_size(vocab_size: int) -> None:
     if vocab_size > _MAX_VOCAB:
         raise RangeError(f"vocab_size is {vocab_size}, the triton lane allows at most {_MAX_VOCAB}")
-
-
-def _row_constants(models: int) -> dict[str, int]:
-    """Tokens per step over a row: what the registers of 8 warps hold for so many models."""
-    return {"BLOCK": 2048 if models <= 2 else 1024}
 
 
 def _row_warps(filters: bool) -> int:
@@ -135,13 +132,13 @@ def mix_sample(
     else:
         results = dict(zip(_STAT_NAMES, out_stats, strict=True))
     mix_rows_kernel[(rows,)](
-        **common, **places, **constants, **_row_constants(models),
+        **common, **places, **constants, BLOCK=_ROW_BLOCK,
         top_k=out.token if top_k is None else top_k,
         top_p=temperature if top_p is None else top_p,
         min_p=temperature if min_p is None else min_p,
         seed=seed, position=position, token_out=out.token, prob_out=out.prob, logprob_out=out.logprob, **results,
         given=sum((t is not None) << bit for bit, t in enumerate((top_k, top_p, min_p))), order=_ORDERS[order],
-        STATS=out_stats is not None, FILTERS=filters, num_warps=_row_warps(filters),
+        STATS=out_stats is not None, FILTERS=filters, num_warps=_row_warps(filters), maxnreg=ALL_REGISTERS,
     )  # fmt: skip
 
 
@@ -231,9 +228,10 @@ def _mix_kernels(
             f"mix_rows-{name}",
             mix_rows_kernel,
             rows,
-            constants | _row_constants(models),
+            constants | {"BLOCK": _ROW_BLOCK},
             _row_warps(filters),
             1,
             tuple(aligned),
+            ALL_REGISTERS,
         ),
     ]
