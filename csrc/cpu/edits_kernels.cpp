@@ -1,8 +1,9 @@
 // edits on the CPU: residual add, edit and RMSNorm of a few rows.   Reference: rainkernels/reference/edits.py
 // Compiled once per instruction set. An edited row is read twice: once for its components along the directions, once to
-// be changed; the rows of a block share every load of a direction. Sums have one shape for all of this: a component is
-// one chain of sixteen lanes over the row, a sum of squares two (even and odd vectors), so neither the block, the
-// thread nor the instruction set enters a row's bits.
+// be changed; the rows of a block share every load of a direction. Each pass begins where the one before it ended, at
+// what the first cache still holds: components and norm go from the last column to the first. Sums have one shape for
+// all of this: a component is one chain of sixteen lanes over the row, a sum of squares two (even and odd vectors), so
+// neither the block, the thread nor the instruction set enters a row's bits.
 #include "cpu/edits.h"
 #include "cpu/simd_math.h"
 
@@ -82,18 +83,18 @@ void components(const EditParams& p, const Rows<T, F, R>& rows, const U* directi
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) total[r][j] = zero();
   const int d = p.hidden, whole = d / 16 * 16;
-  for (int i = 0; i < whole; i += 16) {
+  if (whole < d) {
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < J; ++j)
+        total[r][j] = component_tail<T, U, F>(rows.one(r), directions + int64_t{j} * d, whole, d - whole, total[r][j]);
+  }
+  for (int i = whole - 16; i >= 0; i -= 16) {
     F16 h[R];
     for (int r = 0; r < R; ++r) h[r] = rows.template edited_part<true>(r, i, 16);
     for (int j = 0; j < J; ++j) {
       const F16 u = load16(directions + int64_t{j} * d + i);
       for (int r = 0; r < R; ++r) total[r][j] = fma(h[r], u, total[r][j]);
     }
-  }
-  if (whole < d) {
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < J; ++j)
-        total[r][j] = component_tail<T, U, F>(rows.one(r), directions + int64_t{j} * d, whole, d - whole, total[r][j]);
   }
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) c[r][at + j] = sum(total[r][j]);
@@ -236,9 +237,9 @@ void normalise(const EditParams& p, const T* from, T* to, float squares) {
     if (!late) y = rounded<T>(y);
     return mul(shifted ? add(offset, w) : w, y);
   };
-  int i = 0;
-  for (; i + 16 <= d; i += 16) store16(to + i, one(load16(from + i), load16(weight + i)));
-  if (i < d) store_some(to + i, one(load_some(from + i, d - i), load_some(weight + i, d - i)), d - i);
+  const int whole = d / 16 * 16, left = d - whole;
+  if (left > 0) store_some(to + whole, one(load_some(from + whole, left), load_some(weight + whole, left)), left);
+  for (int i = whole - 16; i >= 0; i -= 16) store16(to + i, one(load16(from + i), load16(weight + i)));
 }
 
 template <class T>
