@@ -52,16 +52,17 @@ RK_ALWAYS inline T* row_of(void* base, int64_t stride, int32_t row) {
 // The rows of a block: h is x, or residual + x where the whole block's output is edited.
 template <class T, Form F, int R>
 struct Rows {
-  T *x[R], *residual[R];
+  T *x[R], *residual[R], *out[R];
 
   RK_ALWAYS Rows(const EditParams& p, const int32_t* rows) {
     for (int r = 0; r < R; ++r) {
       x[r] = row_of<T>(p.x, p.x_stride, rows[r]);
       residual[r] = F == Form::in_place ? nullptr : row_of<T>(p.residual, p.residual_stride, rows[r]);
+      out[r] = F == Form::in_place ? nullptr : row_of<T>(p.out, p.out_stride, rows[r]);
     }
   }
-  RK_ALWAYS Rows(T* x0, T* residual0) : x{x0}, residual{residual0} {}
-  RK_ALWAYS Rows<T, F, 1> one(int r) const { return Rows<T, F, 1>(x[r], residual[r]); }
+  RK_ALWAYS Rows(T* x0, T* residual0, T* out0) : x{x0}, residual{residual0}, out{out0} {}
+  RK_ALWAYS Rows<T, F, 1> one(int r) const { return Rows<T, F, 1>(x[r], residual[r], out[r]); }
   template <bool Whole>
   RK_ALWAYS F16 edited_part(int r, int i, int n) const {
     const F16 h = take<Whole>(x[r] + i, n);
@@ -177,6 +178,15 @@ RK_ALWAYS inline void fetch_columns(const U* directions, int k, int d, int i) {
   }
 }
 
+// Two vectors of what normalise() is about to write: its stores would wait for lines that no cache of this core holds.
+template <class T, Form F, int R>
+RK_ALWAYS inline void fetch_out(const Rows<T, F, R>& rows, int i) {
+  for (int r = 0; F != Form::in_place && r < R; ++r) {
+    __builtin_prefetch(rows.out[r] + i, 1, 2);
+    if (sizeof(T) == 4) __builtin_prefetch(rows.out[r] + i + 16, 1, 2);
+  }
+}
+
 template <class T, class U, Form F, int R, int K>
 void update(const EditParams& p, const Rows<T, F, R>& rows, const U* directions, const float (*b)[kMaxDirections],
             int k, const float* factor, float* total, const U* next) {
@@ -191,6 +201,7 @@ void update(const EditParams& p, const Rows<T, F, R>& rows, const U* directions,
   int i = 0;
   for (; i + kStep <= d; i += kStep) {
     if (R == 1) fetch_columns(next, k, d, i);
+    fetch_out(rows, i);
     changed<T, U, F, R, K, true>(p, rows, directions, b, k, i, h);
     rescale();
     written<T, F, R, true>(rows, i, d - i, h, squares);
