@@ -52,7 +52,7 @@ def test_a_function_gets_pairs_and_its_scores_count() -> None:
         asked.extend(pairs)
         return [0.25 for _ in pairs]
 
-    done = outcomes(replace(QUICK, evaluator=score))
+    done = outcomes(replace(QUICK, evaluator=score, width=1))
     assert {prompt for prompt, _ in asked} == set(PROMPTS)
     assert all(isinstance(d, Completion) and d.value == pytest.approx(0.25) for d in done)
     assert ("H:g\nA:", "") in asked  # the bare prompt is judged first
@@ -66,8 +66,10 @@ def test_texts_of_several_requests_come_in_one_call() -> None:
         sizes.append(len(pairs))
         return [0.0] * len(pairs)
 
-    outcomes(replace(QUICK, evaluator=score))
+    outcomes(replace(QUICK, evaluator=score, width=1))
     assert max(sizes) == len(PROMPTS)
+    outcomes(replace(QUICK, evaluator=score, width=4))
+    assert max(sizes) > len(PROMPTS)  # leaves ahead of their turn are judged in the same call
 
 
 def test_a_text_is_judged_once_per_request() -> None:

@@ -227,7 +227,8 @@ def test_a_mean_of_exactly_the_threshold_is_not_above_it() -> None:
     calls: list[tuple[str, str]] = []
     decoder, _ = fake_decoder(HashLM(12, eos=-9.0, sharpness=0.5))
     rain = RAIN(evaluator=judge, first_top_k=1, max_iterations=30, rollout_stop="", record_tree=True)
-    (done,) = decoder.generate(PROMPT, search=rain, max_new_tokens=60)
+    # The judge counts its calls, so no leaf may be judged ahead of its turn.
+    (done,) = decoder.generate(PROMPT, search=replace(rain, width=1), max_new_tokens=60)
     assert done.tree is not None
     (only,) = done.tree[0]["root"]["children"]
     assert (only["direct_visits"], only["value"]) == (11, pytest.approx(9 / 11))
@@ -315,7 +316,7 @@ GOLDEN_CASES: dict[str, tuple[RAIN, HashLM]] = {
 def golden(name: str) -> dict[str, Any]:
     """A completion as it is stored: numbers rounded, slots and times left out."""
     rain, lm = GOLDEN_CASES[name]
-    (done,) = fake_decoder(lm)[0].generate(PROMPT, search=rain, max_new_tokens=12)
+    (done,) = fake_decoder(lm)[0].generate(PROMPT, search=replace(rain, width=1), max_new_tokens=12)
     stats = done.stats
     counted = ("model_steps", "tokens_processed", "tokens_charged", "kv_tokens_peak", "iterations", "evaluations")
     return {

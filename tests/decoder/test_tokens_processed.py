@@ -36,7 +36,11 @@ CASES = [
 
 
 def run(rain: RAIN, lm: HashLM, **options: Any) -> tuple[Completion, list[tuple[int, ...]], PlainRain]:
-    """One request on a fresh engine: its completion, every row that was run, and the plain run of the same."""
+    """One request on a fresh engine: its completion, every row that was run, and the plain run of the same.
+
+    Width 1: rows that are run ahead of the search and not used are none that it needs.
+    """
+    rain = replace(rain, width=1)
     decoder, recorder = fake_decoder(lm)
     (request,) = decoder.requests(PROMPT, search=rain, **options)
     (done,) = decoder.generate(PROMPT, search=replace(rain, record_tree=True), **options)
@@ -95,7 +99,7 @@ def test_text_embedders_cost_no_tokens() -> None:
 def test_a_second_request_finds_the_first_ones_rows() -> None:
     """What is cached lowers the rows run for a request, never the count of prefixes it needs."""
     decoder, recorder = fake_decoder(HashLM(48))
-    rain = RAIN(evaluator=TEMPLATE, max_iterations=10, min_new_iterations=3)
+    rain = RAIN(evaluator=TEMPLATE, max_iterations=10, min_new_iterations=3, width=1)
     (first,) = decoder.generate(PROMPT, search=rain, max_new_tokens=12)
     (again,) = decoder.generate(PROMPT, search=rain, max_new_tokens=12)
     assert again.stats.tokens_processed == first.stats.tokens_processed

@@ -20,6 +20,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
+        self.origin: Ledger = self  # the request's own ledger
         self.tokens_processed = 0
         self.tokens_charged = 0
         self.model_steps = 0
@@ -58,6 +59,36 @@ class Ledger:
         self._seen.clear()
 
 
+class Tab(Ledger):
+    """What one piece of a request's work runs, noted and booked to the request only if the work is used.
+
+    Its branches belong to the request.
+
+    Attributes:
+        ran: whether the work ran anything.
+    """
+
+    def __init__(self, request: Ledger) -> None:
+        super().__init__()
+        self.origin = request.origin
+        self.branches = request.branches
+        self.ran = False
+        self._noted: dict[int, None] = {}
+
+    def count(self, path_hash: int) -> None:
+        self.ran = True
+        self._noted[path_hash] = None
+
+    def measure(self) -> None:
+        self.origin.measure()
+
+    def book(self) -> None:
+        """Count what was noted as the request's."""
+        for path_hash in self._noted:
+            self.origin.count(path_hash)
+        self._noted.clear()
+
+
 class Branch:
     """A token path. Appending is free; tokens run when something downstream is wanted.
 
@@ -90,23 +121,25 @@ class Branch:
         branch.append(tokens)
         return branch
 
-    def fork(self, *, reserve: int = 0) -> Branch:
-        """A second branch with the same tokens. Copies no K/V."""
-        other = Branch(self.tree, self.ledger, self.tree.fork(self.live()), self.hash, self.length)
+    def fork(self, *, reserve: int = 0, ledger: Ledger | None = None) -> Branch:
+        """A second branch with the same tokens, of the same ledger unless another is given. Copies no K/V."""
+        other = Branch(self.tree, ledger or self.ledger, self.tree.fork(self.live()), self.hash, self.length)
         other.pending = list(self.pending)
         other._hashes = list(self._hashes)
         other.reserve = reserve
         return other
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """Add tokens to the path. Nothing runs yet."""
-        state = self.hash
+    def append(self, tokens: Sequence[int]) -> list[int]:
+        """Add tokens to the path; the hashes of the path after each. Nothing runs yet."""
+        state, hashes = self.hash, []
         for token in tokens:
             state = mix(state, token + 1)
-            self._hashes.append(state)
+            hashes.append(state)
+        self._hashes += hashes
         self.pending.extend(tokens)
         self.hash = state
         self.length += len(tokens)
+        return hashes
 
     def tokens(self) -> list[int]:
         """The whole path, pending tokens included."""

@@ -110,6 +110,11 @@ class Engine:
         self._stepping = False
         LIVE_ENGINES.add(self)
 
+    @property
+    def num_running(self) -> int:
+        """Requests that share the forwards now."""
+        return len(self._running)
+
     # ---- requests -------------------------------------------------------------------------------------------------
     def submit(self, task: Task) -> None:
         """Queue a task. It starts when fewer than `max_tasks` run."""

@@ -64,18 +64,19 @@ class HiddenStates:
 
     def embed(self, context: SearchContext, paths: Paths) -> Generator[Any, Any, Tensor]:
         wants = [Want(paths.branch, pool_from=paths.starts)]
-        ledger, ids = context.ledger, context.request.prompt_ids
-        if self.center and ledger not in _centers:
-            wants.append(Want(context.engine.open(ledger, ids), pool_from=[max(0, len(ids) - self._CENTER_TOKENS)]))
+        request, ids = context.ledger.origin, context.request.prompt_ids
+        if self.center and request not in _centers:
+            branch = context.engine.open(context.ledger, ids)
+            wants.append(Want(branch, pool_from=[max(0, len(ids) - self._CENTER_TOKENS)]))
         answers: list[Got] = yield wants
         for want, answer in zip(wants[1:], answers[1:], strict=True):
             want.branch.release()
             assert answer.pooled is not None
-            _centers[ledger] = answer.pooled
+            _centers[request] = answer.pooled
         pooled = answers[0].pooled
         assert pooled is not None
         if self.center:
-            pooled = pooled - _centers[ledger]
+            pooled = pooled - _centers[request]
         return unit_rows(pooled)
 
 

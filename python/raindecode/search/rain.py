@@ -42,6 +42,8 @@ class RAIN:
         value_threshold: and a mean value above this (Vt).
         root_prior_mix: p becomes (1 - mix) p + mix / k at a root.
         keep_after_last: what is judged and the answer are cut after the last of these characters; "" keeps all.
+        width: leaves worked on at once: the next one and likely ones after it. The result is the same for every width (in
+            exact mode, bit for bit); larger ones need fewer forwards and more rows. "auto" fills what room a forward has.
         record_tree: return the search trees with the completion.
     """
 
@@ -70,6 +72,7 @@ class RAIN:
     dynamic_value: float = 0.0
     stop: tuple[str, ...] = ()
     keep_after_last: str = ""
+    width: int | Literal["auto"] = "auto"
     record_tree: bool = False
 
     def __post_init__(self) -> None:
@@ -78,6 +81,8 @@ class RAIN:
         for name in (*at_least_one, "min_new_iterations", "max_children"):
             require_whole(f"RAIN {name}", getattr(self, name), 1)
         require_whole("RAIN min_visits", self.min_visits, 0)
+        if self.width != "auto" and not (is_whole(self.width) and self.width >= 1):
+            raise ConfigError(f'RAIN width is {self.width!r}; allowed: a whole number from 1, or "auto"')
         for name in ("value_threshold", "expansion_temperature"):
             require_finite(f"RAIN {name}", getattr(self, name))
         for name in ("rollout_stop", "keep_after_last"):
@@ -123,6 +128,10 @@ class RAIN:
             )
         except ValueError as error:
             raise ConfigError(f"RAIN: {error}") from error
+
+    def iterations(self, inherited: int) -> int:
+        """Iterations a root may have that comes with so many direct visits."""
+        return max(self.max_iterations - inherited, self.min_new_iterations)
 
     def set_length(self, step: int) -> int:
         """Tokens per set for an expansion at depth `step` from the start of the answer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from raindecode.engine.branch import Branch
+from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.rng import name_draw
 from raindecode.engine.sampler import Filter
 from raindecode.engine.types import Draw, Got, Want
@@ -33,11 +33,11 @@ def first_tokens(branch: Branch, count: int, temperature: float) -> Generator[An
 
 
 def candidate_sets(
-    rain: RAIN, seed: int, branch: Branch, length: int, *, samples: int, tries: int, purpose: int, ends: Ends
-) -> Generator[Any, Any, list[Candidate]]:
+    rain: RAIN, seed: int, branch: Branch, length: int, *, samples: int, tries: int, purpose: int, ends: Ends, ledger: Ledger,
+) -> Generator[Any, Any, list[Candidate]]:  # fmt: skip
     """One greedy set and up to `samples` distinct sampled ones, in `tries` attempts.
 
-    `ends` says whether a path of chain tokens ends the answer; such a chain stops there.
+    `ends` says whether a path of chain tokens ends the answer; such a chain stops there. `ledger` counts what they run.
 
     Tries run in waves as large as the number still wanted, which chooses what one try after another would. The greedy
     set's probability is clamped to [max P_s + min P_s, sum P_s] over the sampled sets, the lower bound winning (official
@@ -49,7 +49,7 @@ def candidate_sets(
     while greedy is None or (len(distinct) < samples and tried < tries):
         wave = min(samples - len(distinct), tries - tried)
         names = [-1] * (greedy is None) + list(range(tried, tried + wave))
-        chains = yield from _chains(rain, seed, branch, length, names, purpose, ends)
+        chains = yield from _chains(rain, seed, branch, length, names, purpose, ends, ledger)
         tried += wave
         if greedy is None:
             greedy = chains.pop(0)
@@ -64,8 +64,8 @@ def candidate_sets(
 
 
 def _chains(
-    rain: RAIN, seed: int, branch: Branch, length: int, names: list[int], purpose: int, ends: Ends
-) -> Generator[Any, Any, list[Candidate]]:
+    rain: RAIN, seed: int, branch: Branch, length: int, names: list[int], purpose: int, ends: Ends, ledger: Ledger,
+) -> Generator[Any, Any, list[Candidate]]:  # fmt: skip
     """Chains of `length` tokens after `branch`, cut where the answer ends, one per name; -1 names the greedy one.
 
     Chains share a branch while their tokens agree. The last token of a chain is not run: nothing needs it yet.
@@ -96,7 +96,7 @@ def _chains(
                 elif longer in following:
                     following[longer][1].append(i)
                 else:
-                    fork = at.fork(reserve=length - len(tokens))
+                    fork = at.fork(reserve=length - len(tokens), ledger=ledger)
                     fork.append([drawn.token])
                     following[longer] = (fork, [i])
             if at is not branch:

@@ -1,35 +1,43 @@
-"""The search tree of one RAIN request: statistics in a rainkernels Forest, tokens and branches beside it."""
+"""The search tree of one RAIN request: nodes with their tokens and branches; their statistics are in statistics.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from torch import Tensor
 
-from raindecode.engine.branch import Branch
+from raindecode.engine.branch import Branch, Tab
 from raindecode.search.context import SearchContext
 from raindecode.search.rain_sets import Candidate
-from rainkernels.ops import tree as ops
+from raindecode.search.statistics import Statistics
 
 if TYPE_CHECKING:
+    from raindecode.search.leaf_work import LeafWork
     from raindecode.search.rain import RAIN
-
-_TREE = torch.zeros(1, dtype=torch.int32)
 
 
 class SearchNode:
     """What a search node is besides its statistics.
 
     Attributes:
+        slot: of its statistics; -1 for a child that work ahead of the search has found before the tree has it.
         step: sets between the start of the answer and this node; not reset when the root moves.
         visits: times this node was evaluated as a leaf; names its rollout draws.
         dynamic: times the dynamic rule fired here.
+        score: what its last evaluation as a leaf said.
+        work: its evaluation as a leaf, under way or done and not yet used.
+        result: the one evaluation of a leaf that ends the answer.
+        ahead: children found ahead of the search, by tokens.
+        hashes: path hashes after each of its tokens, once it has a branch.
+        counted: whether these are counted as the request's.
     """
 
     UNDECIDED: Final[Any] = object()
-    __slots__ = ("branch", "candidates", "dynamic", "end_reason", "parent", "slot", "step", "tokens", "visits")
+    __slots__ = (
+        "ahead", "branch", "candidates", "counted", "dynamic", "end_reason", "hashes", "parent", "result", "score", "slot",
+        "step", "tokens", "visits", "work",
+    )  # fmt: skip
 
     def __init__(self, slot: int, parent: SearchNode | None, tokens: tuple[int, ...], step: int) -> None:
         self.slot = slot
@@ -41,61 +49,61 @@ class SearchNode:
         self.visits = 0
         self.dynamic = 0
         self.end_reason: Any = SearchNode.UNDECIDED
+        self.score: float | None = None
+        self.work: LeafWork | None = None
+        self.result: LeafWork | None = None
+        self.ahead: dict[tuple[int, ...], SearchNode] = {}
+        self.hashes: list[int] = []
+        self.counted = False
 
+    def child_ahead(self, tokens: tuple[int, ...]) -> SearchNode:
+        """The child with these tokens that the tree does not have yet."""
+        if tokens not in self.ahead:
+            self.ahead[tokens] = SearchNode(-1, self, tokens, self.step + 1)
+        return self.ahead[tokens]
 
-class Best(NamedTuple):
-    """The most visited child of the root."""
-
-    node: SearchNode
-    direct_visits: int
-    value: float
+    def path(self) -> list[SearchNode]:
+        """Nodes from the root to this one."""
+        nodes = [self]
+        while nodes[-1].parent is not None:
+            nodes.append(nodes[-1].parent)
+        return nodes[::-1]
 
 
 class RainTree:
-    """Nodes by slot; every structural change goes through the tree ops."""
+    """Nodes by slot."""
 
     def __init__(self, rain: RAIN, context: SearchContext) -> None:
         dimension = rain.embedder.dimension(context) if rain.embedder is not None else 1
-        self._context = context
-        # float64 as the official code: a mean value of exactly 0.8 must not pass "more than 0.8" by rounding.
-        self.forest = ops.Forest.create(1, rain.tree_config(dimension), dtype=torch.float64)
-        slot = int(self.forest.roots()[0])
-        self.root = SearchNode(slot, None, (), 0)
-        self.root.branch = context.engine.open(context.ledger, context.request.prompt_ids)
-        self._nodes: dict[int, SearchNode] = {slot: self.root}
+        self._ledger = context.ledger
+        # Work on a node may never be used: `book` counts what it ran, and not its branch.
+        self._tab = Tab(context.ledger)
+        self.statistics = Statistics(rain.tree_config(dimension))
+        self.root = SearchNode(self.statistics.root, None, (), 0)
+        self.root.branch = context.engine.open(self._tab, ())
+        self.root.hashes = self.root.branch.append(context.request.prompt_ids)
+        self._nodes: dict[int, SearchNode] = {self.root.slot: self.root}
         self._children: dict[int, list[SearchNode]] = {}
-        self._committed: tuple[int, ...] = ()  # tokens up to and including the root
+        self._committed: list[int] = []  # tokens up to and including the root
+        self._left: list[int] = []  # path hashes of roots left behind before they were counted
 
-    # ---- statistics -----------------------------------------------------------------------------------------------
-    def root_visits(self) -> int:
-        """Direct visits of the root."""
-        return int(ops.node_stats(self.forest, 0, [self.root.slot]).direct_visits[0])
+    def nodes(self) -> dict[int, SearchNode]:
+        """Nodes by slot; the caller's own copy."""
+        return dict(self._nodes)
 
-    def best_child(self) -> Best | None:
-        """The root's most visited child; None while the root is a leaf."""
-        best = ops.best_child(self.forest, _TREE)
-        slot = int(best.slot[0])
-        return None if slot < 0 else Best(self._nodes[slot], int(best.direct_visits[0]), float(best.value[0]))
+    def backup(self, path: list[SearchNode], value: float, embedding: Tensor | None) -> None:
+        """Add an evaluated leaf to the statistics of its path."""
+        self.statistics.backup([node.slot for node in path], value, embedding)
 
     def select(self, skip: SearchNode | None) -> tuple[list[SearchNode], bool]:
         """Nodes from the root to where the descent stopped, and whether it stopped because a child is wanted there."""
-        skip_node = None if skip is None else _one(skip.slot)
-        selection = ops.select(self.forest, _TREE, skip_node)
-        slots = selection.path[0, : int(selection.depth[0]) + 1].tolist()
-        return [self._nodes[s] for s in slots], int(selection.status[0]) == ops.NEED_CHILD
-
-    def backup(self, path: list[SearchNode], value: float, embedding: Tensor | None) -> None:
-        """Add an evaluated leaf to the statistics of its path. Room for embeddings is made first."""
-        if embedding is not None and int(self.forest.free_embeddings()[0]) < len(path):
-            self.forest = self.forest.grown(max_embeddings=2 * self.forest.config.max_embeddings + len(path))
-        slots = torch.full((1, self.forest.config.max_depth), -1, dtype=torch.int32)
-        slots[0, : len(path)] = torch.tensor([node.slot for node in path], dtype=torch.int32)
-        ops.backup(
-            self.forest, _TREE, slots, _one(len(path) - 1), torch.tensor([value], dtype=self.forest.dtype),
-            None if embedding is None else embedding.float().contiguous()[None],
-        )  # fmt: skip
+        slots, needs_child = self.statistics.select(None if skip is None else skip.slot)
+        return [self._nodes[s] for s in slots], needs_child
 
     # ---- structure ------------------------------------------------------------------------------------------------
+    def node(self, slot: int) -> SearchNode:
+        return self._nodes[slot]
+
     def num_children(self, node: SearchNode) -> int:
         return len(self._children.get(node.slot, ()))
 
@@ -104,80 +112,83 @@ class RainTree:
 
     def expand(self, leaf: SearchNode, candidates: list[Candidate]) -> None:
         """Give a leaf its children, priors normalised over the candidates."""
-        if int(self.forest.free_rows()[0]) == 0:
-            self.forest = self.forest.grown(max_rows=2 * self.forest.config.max_rows)
-        total = sum(c.prob for c in candidates)
-        priors = torch.tensor([[c.prob / total for c in candidates]], dtype=self.forest.dtype)
-        lengths = _one(len(candidates[0].tokens))
-        first = ops.expand(self.forest, _TREE, _one(leaf.slot), priors, _one(len(candidates)), lengths)
-        slot = int(first[0])
-        if slot == ops.OVERFLOW:
-            self.forest = self.forest.grown(max_depth=2 * self.forest.config.max_depth)
-            slot = int(ops.expand(self.forest, _TREE, _one(leaf.slot), priors, _one(len(candidates)), lengths)[0])
+        first = self.statistics.expand(leaf.slot, [c.prob for c in candidates], len(candidates[0].tokens))
         leaf.candidates = list(candidates)
         for k, candidate in enumerate(candidates):
-            self._adopt(leaf, slot + k, candidate.tokens)
+            self._adopt(leaf, first + k, candidate.tokens)
 
     def add_child(self, node: SearchNode, tokens: tuple[int, ...], prior: float) -> None:
-        """One more child; at the root its prior is mixed like the others'."""
-        value = torch.tensor([prior], dtype=self.forest.dtype)
-        slot = int(ops.add_child(self.forest, _TREE, _one(node.slot), value, mix=node is self.root)[0])
-        if slot != ops.OVERFLOW:
+        """One more child."""
+        slot = self.statistics.add_child(node.slot, prior)
+        if slot is not None:
             self._adopt(node, slot, tokens)
 
-    def reroot(self, node: SearchNode) -> None:
-        """Make a child of the root the new root and drop everything beside it."""
+    def reroot(self, node: SearchNode) -> Iterator[LeafWork]:
+        """Make a child of the root the new root and drop everything beside it; the work this makes useless."""
         self._committed += node.tokens
-        freed = ops.reroot(self.forest, _TREE, _one(node.slot))[0]
         self.branch(node)  # before its parent's branch goes
-        for slot in torch.nonzero(freed).flatten().tolist():
-            gone = self._nodes.pop(slot, None)
+        if not self.root.counted:
+            self._left += self.root.hashes
+        for slot in self.statistics.reroot(node.slot):
             self._children.pop(slot, None)
-            if gone is not None and gone.branch is not None:
-                gone.branch.release()
+            if slot in self._nodes:
+                yield from self._drop(self._nodes.pop(slot))
         node.parent = None
         self.root = node
+
+    def _drop(self, node: SearchNode) -> Iterator[LeafWork]:
+        if node.branch is not None:
+            node.branch.release()
+        if node.work is not None:
+            yield node.work
+        for child in node.ahead.values():
+            yield from self._drop(child)
 
     def branch(self, node: SearchNode) -> Branch:
         """The node's token path in the KV tree, made at its first visit."""
         if node.branch is None:
             assert node.parent is not None
             node.branch = self.branch(node.parent).fork()
-            node.branch.append(node.tokens)
+            node.hashes = node.branch.append(node.tokens)
         return node.branch
+
+    def book(self, node: SearchNode) -> None:
+        """Count the path to `node` as run for the request."""
+        at: SearchNode | None = node
+        while at is not None and not at.counted:
+            for path_hash in at.hashes:
+                self._ledger.count(path_hash)
+            at.counted = True
+            at = at.parent
+        for path_hash in self._left:
+            self._ledger.count(path_hash)
+        self._left.clear()
 
     def path_tokens(self, node: SearchNode) -> list[int]:
         """Generated tokens up to and including `node`."""
-        parts: list[tuple[int, ...]] = []
-        while node.parent is not None:
-            parts.append(node.tokens)
-            node = node.parent
-        return [*self._committed, *(t for part in reversed(parts) for t in part)]
+        return [*self._committed, *(t for above in node.path()[1:] for t in above.tokens)]
 
     def export(self, chosen: SearchNode, text: Callable[[list[int]], str]) -> dict[str, Any]:
         """The tree of one move as plain data: statistics, tokens and texts, children in insertion order."""
         return {"chosen": chosen.slot, "committed": list(self._committed), "root": self._export(self.root, 1.0, text)}
 
     def _export(self, node: SearchNode, prior: float, text: Callable[[list[int]], str]) -> dict[str, Any]:
-        stats = ops.node_stats(self.forest, 0, [node.slot])
+        stats = self.statistics.node(node.slot)
         children = self._children.get(node.slot, [])
-        priors = ops.children(self.forest, 0, node.slot).priors.tolist() if children else []
+        priors = self.statistics.priors(node.slot) if children else []
         return {
             "slot": node.slot,
             "tokens": list(node.tokens),
             "text": text(self.path_tokens(node)),
             "prior": prior,
-            "visits": float(stats.visits[0]),
-            "direct_visits": int(stats.direct_visits[0]),
-            "value": float(stats.values[0]),
+            "visits": stats.visits,
+            "direct_visits": stats.direct_visits,
+            "value": stats.value,
             "children": [self._export(child, p, text) for child, p in zip(children, priors, strict=True)],
         }
 
     def _adopt(self, parent: SearchNode, slot: int, tokens: tuple[int, ...]) -> None:
-        node = SearchNode(slot, parent, tokens, parent.step + 1)
+        node = parent.ahead.pop(tokens, None) or SearchNode(slot, parent, tokens, parent.step + 1)
+        node.slot = slot
         self._nodes[slot] = node
         self._children.setdefault(parent.slot, []).append(node)
-
-
-def _one(value: int) -> Tensor:
-    return torch.tensor([value], dtype=torch.int32)

@@ -1,0 +1,76 @@
+"""Where an answer ends, and its text: what the tokens of a request mean to RAIN."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from raindecode.search.context import SearchContext
+from raindecode.text import find_stop
+from raindecode.types import FinishReason
+
+if TYPE_CHECKING:
+    from raindecode.search.rain import RAIN
+
+_STOP_LOOKBACK = 12  # tokens a stop string may span
+
+
+class Answer:
+    """Text and ends of token sequences that answer one request."""
+
+    def __init__(self, rain: RAIN, context: SearchContext) -> None:
+        self._rain = rain
+        self._codec = context.codec
+        self._request = context.request
+        self.stops = tuple(dict.fromkeys(rain.stop + context.request.stop))
+
+    def text(self, tokens: list[int]) -> str:
+        """Text of generated tokens, cut at a stop string; tokens that end the answer are not text."""
+        if tokens and (tokens[-1] in self._codec.eos_token_ids or tokens[-1] in self._request.stop_token_ids):
+            tokens = tokens[:-1]
+        text = self._codec.continuation(self._request.prompt_ids, tokens)
+        at = find_stop(text, self.stops)
+        return text if at < 0 else text[:at]
+
+    def kept(self, text: str) -> str:
+        """What `keep_after_last` leaves of an answer."""
+        last = max((text.rfind(c) for c in self._rain.keep_after_last), default=-1)
+        return text[: last + 1] if last >= 0 else text
+
+    def end_reason(self, tokens: list[int]) -> FinishReason | None:
+        """Why the answer ends within `tokens`, None while it goes on."""
+        if not tokens:
+            return None
+        if not self._codec.eos_token_ids.isdisjoint(tokens):
+            return "eos"
+        if not self._request.stop_token_ids.isdisjoint(tokens):
+            return "stop"
+        if find_stop(self._codec.continuation(self._request.prompt_ids, tokens), self.stops) >= 0:
+            return "stop"
+        return "length" if len(tokens) >= self._request.max_new_tokens else None
+
+    def chain_ends(self, path: list[int], tokens: tuple[int, ...]) -> bool:
+        """Whether a candidate chain of `tokens` behind `path` ends the answer with its last token."""
+        if len(path) + len(tokens) >= self._request.max_new_tokens:
+            return True
+        if tokens[-1] in self._codec.eos_token_ids or tokens[-1] in self._request.stop_token_ids:
+            return True
+        tail = [*path[-_STOP_LOOKBACK:], *tokens][-_STOP_LOOKBACK:]
+        return bool(self.stops) and find_stop(self._codec.decode(tail), self.stops) >= 0
+
+    def rollout_ends(self, tokens: list[int]) -> bool:
+        """Whether a rollout goes no further: the answer ended, or its last character is one to stop at."""
+        if self.end_reason(tokens) is not None:
+            return True
+        text = (self._request.prompt_text + self.text(tokens))[-1:]
+        return bool(self._rain.rollout_stop) and text in self._rain.rollout_stop
+
+    def visible(self, tokens: list[int], *, final: bool) -> str:
+        """The text that can no longer change when more tokens follow `tokens`; all of it when none do."""
+        if final:
+            return self.kept(self.text(tokens))
+        if self._rain.keep_after_last:
+            return ""
+        text = self.text(tokens)
+        hold = max((len(s) for s in self.stops), default=1) - 1
+        # A character whose bytes are not all there yet reads U+FFFD and may still change.
+        return text[: max(0, min(len(text) - hold, len(text.rstrip("\ufffd"))))]

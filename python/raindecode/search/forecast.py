@@ -1,0 +1,79 @@
+"""Which leaves the search will come to next: the search itself, played on a copy of its statistics with guessed verdicts.
+
+A wrong guess costs forwards and nothing else: the search takes the results it asks for, in its own order.
+"""
+
+from __future__ import annotations
+
+from raindecode.search.leaf_work import LeafWork, LeafWorks
+from raindecode.search.rain_tree import SearchNode
+
+_LONGEST = 64  # iterations played at most
+
+
+def start_ahead(works: LeafWorks, remaining: int, room: int, stray: int) -> list[LeafWork]:
+    """Start up to `room` works on the leaves that come next.
+
+    Args:
+        remaining: iterations the search has for its present root, the next one included.
+        stray: how many of them may be leaves that come next only if a verdict is not as guessed.
+    """
+    rain, tree = works.rain, works.tree
+    statistics, nodes = tree.statistics.clone(), tree.nodes()
+    started: list[LeafWork] = []
+    unknown: set[int] = set()  # leaves whose children are not known yet
+    skip: int | None = None
+    astray = False  # whether the copy has left the way the search will go
+    for _ in range(_LONGEST):
+        slots, needs_child = statistics.select(skip)
+        if needs_child:  # which child the dynamic rule will add is not known; the others stay likely
+            skip = slots[-1]
+            continue
+        skip, leaf = None, nodes[slots[-1]]
+        if slots[-1] in unknown:
+            # The search goes on below, where nothing is known yet: the next best leaves elsewhere.
+            if stray == 0:
+                break
+            statistics.backup(slots, -1.0, None)
+            astray = True
+            continue
+        work = leaf.work or leaf.result
+        if work is None:
+            if len(started) == room or (astray and stray == 0):
+                break
+            stray -= astray
+            work = leaf.work = LeafWork(works, leaf)
+            started.append(work)
+        value = guess(leaf) if work.value is None else work.value
+        if work.candidates is not None and work is not leaf.result:
+            chances = [c.prob for c in work.candidates]
+            first = statistics.expand(slots[-1], chances, len(work.candidates[0].tokens))
+            for k, candidate in enumerate(work.candidates):
+                nodes[first + k] = leaf.child_ahead(candidate.tokens)
+        elif not works.ended(leaf):
+            unknown.add(slots[-1])
+        statistics.backup(slots, value, work.embeddings(len(slots)))
+        remaining -= 1
+        if astray:
+            continue
+        best = statistics.best_child()
+        if best is None:
+            continue
+        if remaining <= 0 or (best.direct_visits > rain.min_visits and best.value > rain.value_threshold):
+            if works.ended(nodes[best.slot]):
+                break
+            statistics.reroot(best.slot)
+            remaining = rain.iterations(statistics.root_visits())
+    return started
+
+
+def guess(leaf: SearchNode) -> float:
+    """The score of a leaf that has none: that of the nearest node above which has one, or a good one."""
+    above = leaf.parent
+    while above is not None:
+        if above.score is not None:
+            return above.score
+        if above.work is not None and above.work.value is not None:
+            return above.work.value
+        above = above.parent
+    return 1.0
