@@ -46,6 +46,7 @@ class LeafWorks:
     Attributes:
         verdicts: by text, under way or done.
         used: texts whose verdicts the search has used.
+        news: whether anything ended since the owner last looked.
     """
 
     def __init__(self, rain: RAIN, context: SearchContext, tree: RainTree) -> None:
@@ -55,6 +56,7 @@ class LeafWorks:
         self.answer = Answer(rain, context)
         self.verdicts: dict[str, Verdict] = {}
         self.used: set[str] = set()
+        self.news = True
         self.crew = Crew()
 
     def ended(self, node: SearchNode) -> bool:
@@ -157,6 +159,7 @@ class LeafWork:
                 self.error = self.error or error
             finally:
                 self._open.pop(me[0], None)
+                self._works.news = True
 
         me.append(run())
         return me[0]

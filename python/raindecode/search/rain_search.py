@@ -47,7 +47,6 @@ class RainSearch:
         self._remaining = 0  # iterations left for this root
         self._ahead: list[LeafWork] = []  # works started ahead that are not done
         self._doubt = 0.25  # share of verdicts that were not as guessed, lately
-        self._news = True  # whether something changed since the last forecast
         self._shown = 0
 
     # ---- outer loop -----------------------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ class RainSearch:
         self.tree.backup(path, leaf.score, work.embeddings(len(path)))
         leaf.visits += 1
         self.iterations += 1
-        self._news = True
+        self.works.news = True
         if self.context.on_progress is not None:
             self.context.on_progress(len(self.committed), self.iterations)
 
@@ -133,12 +132,11 @@ class RainSearch:
 
     def _advance(self) -> Steps:
         """One round of everything under way, on the leaves that come next, too."""
-        before = len(self._ahead)
         self._ahead = [work for work in self._ahead if not work.done]
         room = self._width() - 1 - len(self._ahead)
-        if room > 0 and (self._news or len(self._ahead) < before):
+        if room > 0 and self.works.news:
             self._ahead += start_ahead(self.works, self._remaining, room, self._stray(room))
-            self._news = False
+            self.works.news = False
         yield from self.works.crew.advance()
 
     def _stray(self, room: int) -> int:
