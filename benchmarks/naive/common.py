@@ -1,4 +1,4 @@
-"""What the baselines share: exact counters, the draws, the codec and requests. No engine of raindecode is behind them.
+"""What the baselines share: exact counters, names of draws, the codec and requests. No engine of raindecode is behind them.
 
 From raindecode they take settings and prompt texts (RAIN, ChatFormat, Codec, Request) and the named random numbers with
 the sampler (engine.rng, engine.sampler), so that every baseline draws what raindecode draws.
@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from raindecode.engine import sampler
-from raindecode.engine.rng import mix, name_draw, uniforms
-from raindecode.engine.sampler import Drawn, Filter
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from raindecode.engine.rng import mix, name_draw
 from raindecode.policy.prompt import ChatFormat
 from raindecode.text import Codec
 from raindecode.types import Request
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Path = tuple[int, ...]
 Row = npt.NDArray[np.float32]
@@ -103,35 +102,6 @@ class Result:
     @property
     def seconds(self) -> float:
         return sum(self.meter.seconds.values())
-
-
-class Oracle:
-    """What the model's numbers lead to. Override it to replay a recorded workload: every forward still runs.
-
-    Names are the 128-bit draw names of raindecode.engine.rng, the same in every implementation.
-    """
-
-    def draw(
-        self, names: Sequence[int], rows: Sequence[Row], shape: Filter, seed: int, greedy: Sequence[bool]
-    ) -> list[Drawn]:
-        """One token per row of logits."""
-        numbers = uniforms([seed] * len(names), names)
-        return [
-            sampler.draw(row, shape, None if is_greedy else float(u))
-            for row, u, is_greedy in zip(rows, numbers, greedy, strict=True)
-        ]
-
-    def top(self, name: int, row: Row, count: int) -> tuple[list[int], list[float]]:
-        """The likeliest tokens after the path whose hash is `name`, probabilities over these."""
-        return sampler.top_probs(row, count)
-
-    def verdict(self, text: str, score: float) -> float:
-        """The value of an answer so far, which was scored `score`."""
-        return score
-
-    def vectors(self, name: int, suffixes: Sequence[Path], rows: Tensor) -> Tensor:
-        """Unit vectors of the suffixes of a path (its leaf's hash is `name`), computed as `rows`."""
-        return rows
 
 
 def path_hash(tokens: Sequence[int], state: int | None = None) -> int:

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from naive.common import Path, Row, to_row
 from naive.search import NaiveRain, Walker
 from raindecode.engine.rng import name_draw
 from raindecode.search.embedder import TextEmbedder
-from torch import Tensor
 
 
 class _Chain(Walker):
@@ -70,9 +71,7 @@ class Published(NaiveRain):
                 if tokens:
                     walker.push(tokens[-1])
                 name = name_draw(self.name(path[len(self.prompt) :] + tokens), purpose, attempt + 1)
-                (drawn,) = self.oracle.draw(
-                    [name], [walker.row()], self.set_filter(), self.request.seed, [attempt < 0]
-                )
+                (drawn,) = self.oracle.draw([name], [walker.row()], self.set_filter(), self.request.seed, [attempt < 0])
                 tokens = (*tokens, drawn.token)
                 joint *= drawn.prob
             made.append((tokens, joint))

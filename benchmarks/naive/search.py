@@ -10,23 +10,26 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from naive.common import Meter, Oracle, Path, Result, Row, path_hash
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from naive.answers import AnswerRules
+from naive.common import Meter, Path, Result, Row, path_hash
+from naive.oracle import Oracle
 from raindecode.engine.rng import name_draw
 from raindecode.engine.sampler import Filter
 from raindecode.search.embedder import HiddenStates, TextEmbedder, unit_rows
 from raindecode.search.evaluator import CallableEvaluator, ScoreFunction, SelfEvaluation
 from raindecode.search.rain import RAIN
-from raindecode.text import Codec, find_stop
+from raindecode.text import Codec
 from raindecode.types import Request
-from torch import Tensor
-from transformers import PreTrainedModel
 
 ROLLOUT, EXPAND, DYNAMIC = 1, 2, 3  # purposes, part of every draw's name
-_STOP_LOOKBACK = 12
 _CENTER_TOKENS = 16
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -124,9 +127,8 @@ class NaiveRain(ABC):
         self.meter = Meter()
         self.prompt: Path = tuple(request.prompt_ids)
         self._prompt_hash = path_hash(self.prompt)
-        self.stops = tuple(dict.fromkeys(rain.stop + request.stop))
+        self.rules = AnswerRules(self.codec, rain, request)
         self.verdicts: dict[str, float] = {}
-        self.center: Tensor | None = None
         self.done: Path = ()
         self.root = Node(None, (), 0)
         self.iterations = self.evaluations = 0
@@ -142,14 +144,14 @@ class NaiveRain(ABC):
                 if best is None or (best.fn > rain.min_visits and best.q > rain.value_threshold):
                     break
             if best is None:
-                reason = self._ended(self.done) or "length"
+                reason = self.rules.ended(self.done) or "length"
                 break
             self.done += best.tokens
             value = best.q
-            reason = self._ended(self.done)
+            reason = self.rules.ended(self.done)
             self._make_root(best)
         self.meter.stop()
-        text = self._kept(self._text(self.done))
+        text = self.rules.judged(self.done)
         return Result(text, list(self.done), reason, self.meter, value, self.iterations, self.evaluations)
 
     def _most_visited(self) -> Node | None:
@@ -167,14 +169,14 @@ class NaiveRain(ABC):
         node, path, answer = self.root, [self.root], self.done
         while node.children:
             self._maybe_add_child(node, answer)
-            root_n = math.sqrt(node.n)
-            node = max(node.children, key=lambda child: self._score(root_n, child))  # noqa: B023 - used at once
+            parent_sqrt = math.sqrt(node.n)
+            node = max(node.children, key=lambda child: self._score(parent_sqrt, child))
             path.append(node)
             answer += node.tokens
         with self.meter.phase("generate"):
             tail = self._roll_out(node, answer)
-        value = self._verdict(self._kept(self._text(answer + tail)))
-        if self._ended(answer) is None:
+        value = self._verdict(self.rules.judged(answer + tail))
+        if self.rules.ended(answer) is None:
             self._expand(node, answer)
         vectors = None
         if len(path) > 1 and self.rain.embedder is not None:
@@ -183,9 +185,9 @@ class NaiveRain(ABC):
         self._back_up(path, value, vectors)
         self.iterations += 1
 
-    def _score(self, root_n: float, child: Node) -> float:
+    def _score(self, parent_sqrt: float, child: Node) -> float:
         worth = 0.0 if child.n == 0 else (child.q + 1.0) / (2.0 + 1e-5)
-        return worth + self.rain.c_puct * child.p * root_n / (1.0 + child.n)
+        return worth + self.rain.c_puct * child.p * parent_sqrt / (1.0 + child.n)
 
     def _back_up(self, path: list[Node], value: float, vectors: Vector | None) -> None:
         for depth in range(len(path) - 1, -1, -1):
@@ -258,16 +260,13 @@ class NaiveRain(ABC):
 
     def _sets(self, answer: Path, length: int, wanted: int, tries: int, purpose: int) -> list[tuple[Path, float]]:
         """One greedy set and up to `wanted` distinct sampled ones, tried in waves as large as the number missing."""
-        room, tail = self.request.max_new_tokens - len(answer), answer[-_STOP_LOOKBACK:]
         greedy: tuple[Path, float] | None = None
         found: dict[Path, float] = {}
         tried = 0
         while greedy is None or (len(found) < wanted and tried < tries):
             wave = min(wanted - len(found), tries - tried)
             names = [-1] * (greedy is None) + list(range(tried, tried + wave))
-            made = self.chains(
-                self.prompt + answer, length, names, purpose, lambda t: len(t) >= room or self._closes(tail, t)
-            )
+            made = self.chains(self.prompt + answer, length, names, purpose, partial(self.rules.closes, answer))
             tried += wave
             if greedy is None:
                 greedy = made.pop(0)
@@ -292,7 +291,7 @@ class NaiveRain(ABC):
         tail: Path = ()
         walker: Walker | None = None
         name = self.name(answer)
-        while not self._rollout_ends(answer + tail):
+        while not self.rules.rollout_ends(answer + tail):
             walker = self.walk(self.prompt + answer) if walker is None else walker
             draw_name = name_draw(name, ROLLOUT, node.rolled, len(tail))
             (drawn,) = self.oracle.draw([draw_name], [walker.row()], Filter(), self.request.seed, [False])
@@ -304,7 +303,7 @@ class NaiveRain(ABC):
     def _verdict(self, text: str) -> float:
         if text not in self.verdicts:
             with self.meter.phase("evaluate"):
-                self.verdicts[text] = self.oracle.verdict(text, self._score_of(text))
+                self.verdicts[text] = self.oracle.verdict(self.request.prompt, text, self._score_of(text))
             self.evaluations += 1
         return self.verdicts[text]
 
@@ -337,48 +336,13 @@ class NaiveRain(ABC):
             shift = len(self.prompt)
             rows, center = self.mean_states(whole, [shift + start for start in starts], middle)
             rows = rows - center if embedder.center else rows
-        unit = self.oracle.vectors(self.name(answer), suffixes, unit_rows(rows.cpu()))
+        unit = self.oracle.vectors(self.name(answer + tail), suffixes, unit_rows(rows.cpu()))
         result: Vector = unit.numpy().astype(np.float64)
         return result
 
     def embed_texts(self, embedder: TextEmbedder, texts: list[str]) -> Tensor:
         """Vectors of an encoder of texts, all levels in one call."""
         return torch.from_numpy(np.asarray(embedder.function(texts), dtype=np.float32))
-
-    # ---- texts ----------------------------------------------------------------------------------------------------
-    def _text(self, tokens: Path) -> str:
-        if tokens and (tokens[-1] in self.codec.eos_token_ids or tokens[-1] in self.request.stop_token_ids):
-            tokens = tokens[:-1]
-        text = self.codec.continuation(self.prompt, tokens)
-        at = find_stop(text, self.stops)
-        return text if at < 0 else text[:at]
-
-    def _kept(self, text: str) -> str:
-        last = max((text.rfind(c) for c in self.rain.keep_after_last), default=-1)
-        return text[: last + 1] if last >= 0 else text
-
-    def _ended(self, tokens: Path) -> str | None:
-        if not tokens:
-            return None
-        if not self.codec.eos_token_ids.isdisjoint(tokens):
-            return "eos"
-        if not self.request.stop_token_ids.isdisjoint(tokens):
-            return "stop"
-        if find_stop(self.codec.continuation(self.prompt, tokens), self.stops) >= 0:
-            return "stop"
-        return "length" if len(tokens) >= self.request.max_new_tokens else None
-
-    def _closes(self, tail: Path, tokens: Path) -> bool:
-        if tokens[-1] in self.codec.eos_token_ids or tokens[-1] in self.request.stop_token_ids:
-            return True
-        recent = [*tail, *tokens][-_STOP_LOOKBACK:]
-        return bool(self.stops) and find_stop(self.codec.decode(recent), self.stops) >= 0
-
-    def _rollout_ends(self, tokens: Path) -> bool:
-        if self._ended(tokens) is not None:
-            return True
-        text = (self.request.prompt_text + self._text(tokens))[-1:]
-        return bool(self.rain.rollout_stop) and text in self.rain.rollout_stop
 
     def _mixed(self, p: float, k: int) -> float:
         return (1.0 - self.rain.root_prior_mix) * p + self.rain.root_prior_mix / k

@@ -5,7 +5,7 @@
 - The chains of an expansion are one batch: the cache is copied once per row, all rows advance in lock-step.
 - Both orders of an evaluation are one batch behind the cached beginning of the last evaluation prompt.
 - Embeddings of all levels come from the cached hidden states; only the last rollout token is run for them.
-- Logits of nodes are kept, so a visited leaf is not run again.
+- Logits and vectors are kept by token path, so an answer that is over is not run again when it is visited again.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache
+
 from naive.common import Path, Row, common_prefix, to_row
 from naive.search import NaiveRain, Walker
 from raindecode.engine.rng import name_draw
-from torch import Tensor
-from transformers import DynamicCache
 
 
 def copied(cache: DynamicCache, length: int, rows: int) -> DynamicCache:
@@ -87,6 +88,7 @@ class Strong(NaiveRain):
 
     def forget(self) -> None:
         self.rows: dict[Path, Row] = {}
+        self.means: dict[tuple[Path, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
 
     def walk(self, path: Path) -> Walker:
         self.trunk.path = path
@@ -140,7 +142,11 @@ class Strong(NaiveRain):
         return [to_row(out.logits[i, wanted.index(at)]) for i, at in enumerate(last)]
 
     def mean_states(self, path: Path, starts: Sequence[int], center: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+        key = (path, tuple(starts))
+        if key in self.means:  # an answer that is over, visited again
+            return self.means[key]
         self.trunk.hold(path)
         states = torch.stack(self.trunk.states[: len(path)])
         middle = torch.zeros(()) if center is None else states[slice(*center)].mean(0)
-        return torch.stack([states[start:].mean(0) for start in starts]), middle
+        self.means[key] = torch.stack([states[start:].mean(0) for start in starts]), middle
+        return self.means[key]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
-from naive.common import Meter, Oracle, Result, to_row
+from transformers import DynamicCache, PreTrainedModel
+
+from naive.common import Meter, Result, to_row
+from naive.oracle import Oracle
 from raindecode.engine.rng import name_draw
 from raindecode.engine.sampler import Filter
 from raindecode.text import Codec, TextStream, find_stop
 from raindecode.types import Request
-from transformers import DynamicCache, PreTrainedModel
 
 _SAMPLING = 0  # the purpose in raindecode's names of these draws
 
@@ -28,8 +30,9 @@ class Vanilla:
         """Answer one request; with `num_tokens` exactly so many tokens, whatever they are (comparisons of length)."""
         meter, cache = Meter(), DynamicCache()
         stream = TextStream(self.codec, request.prompt_ids)
-        fresh, tokens = list(request.prompt_ids), list[int]()
-        reason = None
+        fresh = list(request.prompt_ids)
+        tokens: list[int] = []
+        reason: str | None = None
         with meter.phase("generate"):
             while reason is None:
                 ids = torch.tensor([fresh], device=self.model.device)
@@ -38,21 +41,19 @@ class Vanilla:
                 (drawn,) = self.oracle.draw([name], [to_row(out.logits[0, -1])], self.shape, request.seed, [False])
                 tokens.append(drawn.token)
                 fresh = [drawn.token]
-                if num_tokens is not None:
-                    reason = "length" if len(tokens) == num_tokens else None
-                    continue
-                if drawn.token in self.codec.eos_token_ids:
-                    reason = "eos"
-                elif drawn.token in request.stop_token_ids:
-                    reason = "stop"
-                else:
-                    stream.push(drawn.token)
-                    if find_stop(stream.text, request.stop) >= 0:
-                        reason = "stop"
-                    elif len(tokens) >= request.max_new_tokens:
-                        reason = "length"
+                stream.push(drawn.token)
+                if num_tokens is None:
+                    reason = self._ended(tokens, stream, request)
+                elif len(tokens) == num_tokens:
+                    reason = "length"
         meter.stop()
         stream.finish()
-        at = find_stop(stream.text, request.stop)
-        text = self.codec.continuation(request.prompt_ids, tokens) if num_tokens is not None else stream.text
-        return Result(text if at < 0 else text[:at], tokens, reason, meter)
+        at = find_stop(stream.text, request.stop) if num_tokens is None else -1
+        return Result(stream.text if at < 0 else stream.text[:at], tokens, reason, meter)
+
+    def _ended(self, tokens: list[int], stream: TextStream, request: Request) -> str | None:
+        if tokens[-1] in self.codec.eos_token_ids:
+            return "eos"
+        if tokens[-1] in request.stop_token_ids or find_stop(stream.text, request.stop) >= 0:
+            return "stop"
+        return "length" if len(tokens) >= request.max_new_tokens else None
