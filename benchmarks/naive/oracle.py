@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+import raindecode.engine.sampler as sampler
 from naive.common import Path, Row
-from raindecode.engine import sampler
 from raindecode.engine.rng import uniforms
 from raindecode.engine.sampler import Drawn, Filter
 
