@@ -66,7 +66,8 @@ class Published(NaiveRain):
     ) -> list[tuple[Path, float]]:
         made: list[tuple[Path, float]] = []
         for attempt in tries:
-            walker, tokens, joint = self.walk(path), (), 1.0
+            walker, joint = self.walk(path), 1.0
+            tokens: Path = ()
             while len(tokens) < length and (not tokens or not ends(tokens)):
                 if tokens:
                     walker.push(tokens[-1])

@@ -242,7 +242,7 @@ class NaiveRain(ABC):
         with self.meter.phase("generate"):
             if length == 1:
                 ids, probs = self._top(answer, len(kids) + 1)
-                pool = [((token,), p) for token, p in zip(ids, probs, strict=True)]
+                pool: list[tuple[Path, float]] = [((token,), p) for token, p in zip(ids, probs, strict=True)]
             else:
                 fresh = self._sets(answer, length, 1, rain.dynamic_tries, name_draw(DYNAMIC, node.asked))
                 node.pool = fresh + node.pool

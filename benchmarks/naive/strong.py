@@ -25,7 +25,8 @@ from raindecode.engine.rng import name_draw
 def copied(cache: DynamicCache, length: int, rows: int) -> DynamicCache:
     """A new cache with the first `length` positions of `cache`'s only row in each of `rows` rows."""
     new = DynamicCache()
-    for index, layer in enumerate(cache.layers if length else ()):
+    layers: Any = cache.layers if length else ()
+    for index, layer in enumerate(layers):
         keys, values = (held[:1, :, :length].expand(rows, -1, -1, -1) for held in (layer.keys, layer.values))
         new.update(keys, values, index)
     return new
