@@ -75,6 +75,8 @@ class Crew:
     def _call(self, function: Any, jobs: list[Search]) -> Generator[Any, Any, None]:
         """One host call for several jobs; where it fails, one each, so that only the job at fault sees the failure."""
         items = [item for job in jobs for item in self._calls[job].items]
+        results: Sequence[Any] = ()
+        failed: Exception | None = None
         try:
             results = yield HostCall(function, items)
         except Exception as error:
@@ -82,11 +84,9 @@ class Crew:
                 for job in jobs:
                     yield from self._call(function, [job])
                 return
-            results, failed = None, error
-        else:
-            failed = None
+            failed = error
         at = 0
         for job in jobs:
             size = len(self._calls.pop(job).items)
-            self._inbox[job] = failed if results is None else results[at : at + size]
+            self._inbox[job] = failed or results[at : at + size]
             at += size

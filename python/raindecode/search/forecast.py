@@ -11,19 +11,18 @@ from raindecode.search.rain_tree import SearchNode
 _LONGEST = 64  # iterations played at most
 
 
-def start_ahead(works: LeafWorks, remaining: int, room: int, stray: int) -> list[LeafWork]:
+def start_ahead(works: LeafWorks, remaining: int, room: int, *, doubted: bool = False) -> list[LeafWork]:
     """Start up to `room` works on the leaves that come next.
 
     Args:
         remaining: iterations the search has for its present root, the next one included.
-        stray: how many of them may be leaves that come next only if a verdict is not as guessed.
+        doubted: play on as if the next verdict were not what is guessed.
     """
     rain, tree = works.rain, works.tree
     statistics, nodes = tree.statistics.clone(), tree.nodes()
     started: list[LeafWork] = []
     unknown: set[int] = set()  # leaves whose children are not known yet
     skip: int | None = None
-    astray = False  # whether the copy has left the way the search will go
     for _ in range(_LONGEST):
         slots, needs_child = statistics.select(skip)
         if needs_child:  # which child the dynamic rule will add is not known; the others stay likely
@@ -31,20 +30,17 @@ def start_ahead(works: LeafWorks, remaining: int, room: int, stray: int) -> list
             continue
         skip, leaf = None, nodes[slots[-1]]
         if slots[-1] in unknown:
-            # The search goes on below, where nothing is known yet: the next best leaves elsewhere.
-            if stray == 0:
-                break
-            statistics.backup(slots, -1.0, None)
-            astray = True
-            continue
+            break  # the search goes on below, where nothing is known yet
         work = leaf.work or leaf.result
         if work is None:
-            if len(started) == room or (astray and stray == 0):
+            if len(started) == room:
                 break
-            stray -= astray
             work = leaf.work = LeafWork(works, leaf)
             started.append(work)
-        value = guess(leaf) if work.value is None else work.value
+        value = work.value
+        if value is None:
+            value = -guess(leaf) if doubted else guess(leaf)
+            doubted = False
         if work.candidates is not None and work is not leaf.result:
             chances = [c.prob for c in work.candidates]
             first = statistics.expand(slots[-1], chances, len(work.candidates[0].tokens))
@@ -54,8 +50,6 @@ def start_ahead(works: LeafWorks, remaining: int, room: int, stray: int) -> list
             unknown.add(slots[-1])
         statistics.backup(slots, value, work.embeddings(len(slots)))
         remaining -= 1
-        if astray:
-            continue
         best = statistics.best_child()
         if best is None:
             continue

@@ -135,12 +135,15 @@ class RainSearch:
         self._ahead = [work for work in self._ahead if not work.done]
         room = self._width() - 1 - len(self._ahead)
         if room > 0 and self.works.news:
-            self._ahead += start_ahead(self.works, self._remaining, room, self._stray(room))
+            likely = room - self._unlikely(room)
+            self._ahead += start_ahead(self.works, self._remaining, likely)
+            if likely < room:
+                self._ahead += start_ahead(self.works, self._remaining, room - likely, doubted=True)
             self.works.news = False
         yield from self.works.crew.advance()
 
-    def _stray(self, room: int) -> int:
-        """How many unlikely leaves to work on."""
+    def _unlikely(self, room: int) -> int:
+        """How many leaves to work on that come next if a verdict is not what is guessed."""
         ledger = self.context.ledger
         if ledger.tokens_charged > _WASTE * ledger.tokens_processed:
             return 0
