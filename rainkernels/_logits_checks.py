@@ -42,6 +42,7 @@ class MixSample(NamedTuple):
 class MixStats(NamedTuple):
     """The mixture and its models over the full vocabulary, before bias, temperature and filters; nats, float32.
 
+    Probabilities below 1e-38 are 0 in float32 and add nothing to the entropy or a KL.
     NaN for invalid rows, and for a model that is no distribution (weight 0 and NaN, +inf or -inf everywhere).
     """
 

@@ -333,7 +333,7 @@ def merge_state(
         v: like v_a;  lse: like lse_a
     Edge cases:
         lse = -inf marks an empty partial, whatever its v holds; two empty partials give v = 0, lse = -inf. An lse that is NaN
-        or +inf gives v = NaN and keeps the lse.
+        or +inf gives v = NaN.
     Raises:
         DeviceError, DtypeError, ShapeError, StrideError: naming the argument.
     Devices: cpu, cuda.  Reference: rainkernels.reference.attention.merge_state

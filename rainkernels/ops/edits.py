@@ -34,7 +34,9 @@ class NormedResidual(NamedTuple):
 def edit_(x: Tensor, table: Table, slots: Tensor) -> Tensor:
     """Edit every row by its slot, in place: h' = h + sum_j b_j u_j (see EditTable and BasisTable).
 
-    Arithmetic is float32 for every dtype, rounded once to nearest even. On the cpu a row's bits depend on the row and its
+    Arithmetic is float32 for every dtype, rounded once to nearest even; on the triton lane a product with a BasisTable is
+    three products of tf32 parts, or where rows and basis are bfloat16 two of bfloat16 parts, which leave 2**-17 of it out.
+    On the cpu a row's bits depend on the row and its
     slot alone: not on the other rows, thread count or instruction set.
 
     Shapes:

@@ -78,7 +78,7 @@ def mix_sample(
 
     Shapes:
         logits:       N in 1..8 tensors [B, V_i]  float32 | bfloat16 | float16 (all alike), last dim contiguous; any row
-                      stride, 0 too (`expand`); a model of weight 0 is not read, unless `stats` asks
+                      stride, 0 too (`expand`); a model of weight 0 is not read, unless by `stats` or as `plausibility_model`
         weights:      [B, N] float32; negative and > 1 allowed
         temperature:  [B] float32 >= 0; 0 takes the most likely token, the lowest id of equals
         top_k:        [B] int32, 0 off: exactly k tokens, of equals the lower ids
@@ -92,7 +92,7 @@ def mix_sample(
         order:        "k_p_min", or "min_k_p": each filter sees the renormalised survivors of the one before;
                       "joint": each judges the whole distribution, and what passes all is kept
         vocab_size:   tokens that exist, at most every V_i; ids from it on never come out and enter no sum. None: min V_i
-        out, out_stats: results to write into, contiguous;  workspace: [>= mix_sample_workspace(...)] float32
+        out, out_stats: results to write into, contiguous, the second with `stats` only;  workspace: [>= mix_sample_workspace(...)] float32
     Returns:
         (MixSample, MixStats or None without `stats`)
     Edge cases:
