@@ -108,8 +108,7 @@ def tree_attention(
         sliding_window: tokens, 0 for none; a key is visible while row position - key position < sliding_window
         chunk: positions that one partial result spans on the triton lane, a multiple of 64. With a number the order of
             every sum is fixed by positions; "auto" fits it to the batch: fewer, longer partials. The cpu lane uses 256.
-        buffers: static memory for CUDA graphs; `plan` must be the one loaded last, and q has buffers.max_rows rows. Their
-            chunk counts: `chunk` is None or the same. (None without buffers: 256)
+        buffers: static memory for CUDA graphs; `plan` must be the one loaded last, and q has buffers.max_rows rows
     Returns:
         out, or MergedState(out, lse) with return_lse; lse [num_rows, num_qo_heads] float32, natural log, sink included
     Edge cases:
@@ -118,6 +117,7 @@ def tree_attention(
         where the path is split, on thread count or instruction set. On the triton lane they depend on the tile shape a
         row lands in, and on nothing else but its own path.
         With `out` and `buffers` given (and no return_lse) nothing is allocated, and the host never waits.
+        Where `chunk` is None it is 256, or what the buffers were made for; with buffers any other is refused.
     Raises:
         DeviceError, DtypeError, ShapeError, StrideError, RangeError, LaneError: naming the argument.
     Devices: cpu, cuda.  Reference: rainkernels.reference.attention.tree_attention
