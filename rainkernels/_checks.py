@@ -1,20 +1,25 @@
-"""Argument checks shared by the ops: device, dtype, rank, shape, stride, in this order, each naming the argument."""
+"""Argument checks shared by the ops, each naming the argument. Of a tensor: device, dtype, rank, shape, stride, in this order.
+
+Numbers are Python's: an int where something is counted, else an int or a float (numpy.float64 is one), never a bool. Any other
+type, numpy scalars and 0-d tensors included, is a DtypeError; a value out of range is a RangeError.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from rainkernels.errors import DeviceError, DtypeError, ShapeError, StrideError
+from rainkernels.errors import DeviceError, DtypeError, RangeError, ShapeError, StrideError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Order shared with csrc/include/rainkernels/dtypes.h.
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DEVICE_TYPES = ("cpu", "cuda")
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+# The largest number that float32 rounds to 0: half its smallest subnormal.
+_FLOAT32_ZERO = 2.0**-150
 
 
 def check_tensor(
@@ -55,9 +60,40 @@ def check_tensor(
         raise StrideError(f"{name} has strides {list(t.stride())}, expected contiguous memory: call .contiguous()")
 
 
-def is_finite(value: object) -> TypeGuard[float]:
-    """Whether it is a Python number that a double holds."""
-    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+def check_int(name: str, value: object, low: int, high: int = (1 << 31) - 1, hint: str = "") -> None:
+    """Raise a typed error unless `value` is an int in low..high."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DtypeError(f"{name} must be a Python int, got {_type_name(value)}")
+    if not low <= value <= high:
+        raise RangeError(f"{name} is {_shown(value)}, allowed: {low}..{high}{hint and f'; {hint}'}")
+
+
+def check_real(name: str, value: object, allowed: str, *, positive: bool = False, signed: bool = False) -> None:
+    """Raise a typed error unless `value` is a number, finite in float32, and > 0, >= 0 or (`signed`) anything.
+
+    The kernels take it as float32, where a positive number must not become 0 unless 0 and less are allowed as well.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DtypeError(f"{name} must be a Python number, got {_type_name(value)}")
+    if not (abs(value) <= _FLOAT32_MAX and (signed or value > 0 or (value == 0 and not positive))):
+        raise RangeError(f"{name} is {_shown(value)}, {allowed}")
+    if not signed and 0 < value <= _FLOAT32_ZERO:
+        raise RangeError(f"{name} is {value}, which is 0 in float32: {allowed}")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise RangeError unless `value` is one of these names."""
+    if not isinstance(value, str) or value not in allowed:
+        raise RangeError(f"{name} is {value!r}, allowed: {', '.join(map(repr, allowed))}")
+
+
+def check_no_grad(name: str, t: Tensor) -> None:
+    """Raise DtypeError where autograd would have to follow a write into `t`: the kernels write behind its back."""
+    if t.requires_grad and torch.is_grad_enabled():
+        raise DtypeError(
+            f"{name} requires grad and is written in place, which autograd would not see: call .detach(), or run under "
+            "torch.no_grad() or torch.inference_mode()"
+        )
 
 
 def check_outputs(name: str, out: Sequence[Tensor], fields: Sequence[str]) -> None:
@@ -65,6 +101,16 @@ def check_outputs(name: str, out: Sequence[Tensor], fields: Sequence[str]) -> No
     if not isinstance(out, (tuple, list)) or len(out) != len(fields):
         given = f"{len(out)} of them" if isinstance(out, (tuple, list)) else type(out).__name__
         raise DtypeError(f"{name} must be a tuple of {len(fields)} tensors ({', '.join(fields)}), got {given}")
+
+
+def _type_name(value: object) -> str:
+    kind = Tensor if isinstance(value, Tensor) else type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _shown(value: float) -> str:
+    """The number; Python refuses to write out very large ints."""
+    return f"an int of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 64 else str(value)
 
 
 def _show(shape: Sequence[int | None]) -> str:

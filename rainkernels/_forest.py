@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rainkernels._checks import check_tensor
+from rainkernels._checks import check_int, check_real, check_tensor
 from rainkernels._forest_checks import check_contents
 from rainkernels._lanes import native
 from rainkernels.errors import DtypeError, RangeError, ShapeError
@@ -79,7 +78,7 @@ class TreeConfig:
     """Sizes and constants of a forest. The defaults are RAIN's (HH preset of the official code).
 
     Raises:
-        RangeError: a field outside its range; the message names it.
+        DtypeError, RangeError: a field of the wrong type or outside its range; the message names it.
     """
 
     max_rows: int = 128  # expansions alive in one tree
@@ -97,23 +96,24 @@ class TreeConfig:
     similarity: bool = True
 
     def __post_init__(self) -> None:
-        ranges: dict[str, tuple[float, float]] = {
-            "max_rows": (1, 2**24),
-            "max_children": (1, MAX_CHILDREN),
-            "max_embeddings": (0, 2**24),
-            "embedding_dim": (1, 2**16),
-            "max_depth": (1, 2**16),
-            "c_puct": (0.0, 1e6),
-            "similarity_weight": (0.0, 1e6),
-            "similarity_threshold": (-1.0, 1.0),
-            "root_prior_mix": (0.0, 1.0),
-            "dynamic_variance": (0.0, 1e6),
-            "dynamic_value": (-1e6, 1e6),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value <= high):
-                raise RangeError(f"TreeConfig.{name} is {value}, allowed: {low} to {high}")
+        sizes = {
+            "max_rows": (1, 2**24), "max_children": (1, MAX_CHILDREN), "max_embeddings": (0, 2**24),
+            "embedding_dim": (1, 2**16), "max_depth": (1, 2**16),
+        }  # fmt: skip
+        constants = {
+            "c_puct": (0.0, 1e6), "similarity_weight": (0.0, 1e6), "similarity_threshold": (-1.0, 1.0),
+            "root_prior_mix": (0.0, 1.0), "dynamic_variance": (0.0, 1e6), "dynamic_value": (-1e6, 1e6),
+        }  # fmt: skip
+        for name, (least, most) in sizes.items():
+            check_int(f"TreeConfig.{name}", getattr(self, name), least, most)
+        for name, (low, high) in constants.items():
+            value, allowed = getattr(self, name), f"allowed: {low} to {high}"
+            check_real(f"TreeConfig.{name}", value, allowed, signed=True)
+            if not low <= value <= high:
+                raise RangeError(f"TreeConfig.{name} is {value}, {allowed}")
+        for name in ("dynamic_children", "similarity"):
+            if not isinstance(getattr(self, name), bool):
+                raise DtypeError(f"TreeConfig.{name} must be True or False, got {type(getattr(self, name)).__name__}")
 
     @property
     def num_rows(self) -> int:
@@ -136,9 +136,17 @@ class TreeConfig:
 
     @classmethod
     def from_floats(cls, values: Sequence[float]) -> TreeConfig:
-        """Inverse of `as_floats`."""
-        kinds: dict[str, type] = {"int": int, "float": float, "bool": bool}
-        named: dict[str, Any] = {f.name: kinds[str(f.type)](v) for f, v in zip(fields(cls), values, strict=True)}
+        """Inverse of `as_floats`. ShapeError: not one number per field; DtypeError, RangeError: as TreeConfig."""
+        names = fields(cls)
+        if len(values) != len(names):
+            raise ShapeError(f"config has {len(values)} numbers, a TreeConfig has {len(names)} fields")
+        named: dict[str, Any] = {}
+        for f, v in zip(names, values, strict=True):
+            # What is no whole number stays as it is, for the checks to refuse.
+            whole = isinstance(v, float) and v.is_integer()
+            named[f.name] = (
+                int(v) if whole and f.type == "int" else v == 1.0 if v in (0.0, 1.0) and f.type == "bool" else v
+            )
         return cls(**named)
 
     def field_shape(self, kind: str) -> tuple[int, ...]:
@@ -223,10 +231,11 @@ class Forest:
 
         Raises:
             RangeError: `num_trees` < 1.
-            DtypeError: `dtype` is neither float32 nor float64.
+            DtypeError: `num_trees` is no int, `config` no TreeConfig, or `dtype` neither float32 nor float64.
         """
-        if num_trees < 1:
-            raise RangeError(f"num_trees is {num_trees}, allowed: 1 or more")
+        check_int("num_trees", num_trees, 1)
+        if not isinstance(config, TreeConfig):
+            raise DtypeError(f"config must be a TreeConfig, got {type(config).__name__}")
         if dtype not in (torch.float32, torch.float64):
             raise DtypeError(f"a forest holds float32 or float64 values, got {dtype}")
         dtypes = {"real": dtype, "int": torch.int32, "float": torch.float32}
@@ -243,7 +252,10 @@ class Forest:
 
         The ops follow the indices in it without looking, so what they do after a write through it is undefined.
         """
-        return self.tensors[[n for n, _ in FIELDS].index(name)]
+        names = [n for n, _ in FIELDS]
+        if name not in names:
+            raise RangeError(f"name is {name!r}, a forest's fields are {', '.join(names)}")
+        return self.tensors[names.index(name)]
 
     def reset(self, tree_ids: Tensor) -> None:
         """Make trees `tree_ids` ([n] int32) empty again."""
@@ -279,20 +291,17 @@ class Forest:
         """A bigger forest with the same contents and the same slots. It behaves as one created at that size.
 
         Raises:
-            RangeError: a size smaller than the present one.
+            DtypeError: a size that is no int. RangeError: one smaller than the present one, or above TreeConfig's range.
         """
         now = self.config
-        sizes: dict[str, Any] = {
-            "max_rows": max_rows or now.max_rows,
-            "max_embeddings": max_embeddings if max_embeddings is not None else now.max_embeddings,
-            "max_depth": max_depth or now.max_depth,
-        }
-        for name, size in {"num_trees": num_trees or self.num_trees, **sizes}.items():
+        given = {"num_trees": num_trees, "max_rows": max_rows, "max_embeddings": max_embeddings, "max_depth": max_depth}
+        sizes: dict[str, Any] = {name: size for name, size in given.items() if size is not None}
+        for name, size in sizes.items():
             present = self.num_trees if name == "num_trees" else getattr(now, name)
-            if size < present:
-                raise RangeError(f"{name}={size} is smaller than the present {present}: a forest only grows")
+            check_int(name, size, present, hint="a forest only grows")
+        trees = sizes.pop("num_trees", self.num_trees)
         config = replace(now, **sizes)
-        other = Forest.create(num_trees or self.num_trees, config, device=self.device, dtype=self.dtype)
+        other = Forest.create(trees, config, device=self.device, dtype=self.dtype)
         for (name, _), old, new in zip(FIELDS, self.tensors, other.tensors, strict=True):
             # New ids go under the old stack, which keeps its order: free ids are used as if the size had always been this.
             added = new.shape[1] - old.shape[1] if name in ("free_rows", "free_embeddings") else 0

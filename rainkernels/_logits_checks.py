@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rainkernels._checks import FLOATS, check_tensor
+from rainkernels._checks import FLOATS, check_choice, check_int, check_no_grad, check_tensor
 from rainkernels._lanes import choose_lane
 from rainkernels.errors import DtypeError, RangeError, ShapeError, StrideError
 
 __all__ = [
     "MAX_MODELS", "ORDERS", "PARAMETERS", "MixSample", "MixStats", "Rank", "check_mix", "check_rank", "check_values",
-    "value_error", "workspace_floats",
+    "check_workspace_sizes", "value_error", "workspace_floats",
 ]  # fmt: skip
 
 MAX_MODELS = 8
@@ -42,6 +42,7 @@ class MixSample(NamedTuple):
 class MixStats(NamedTuple):
     """The mixture and its models over the full vocabulary, before bias, temperature and filters; nats, float32.
 
+    Probabilities below 1e-38 are 0 in float32 and add nothing to the entropy or a KL.
     NaN for invalid rows, and for a model that is no distribution (weight 0 and NaN, +inf or -inf everywhere).
     """
 
@@ -63,6 +64,13 @@ class Rank(NamedTuple):
     logprob_aligned: Tensor  # [B] float32
 
 
+def check_workspace_sizes(batch: int, num_models: int, vocab_size: int) -> None:
+    """Raise a typed error unless a call may have these sizes."""
+    check_int("batch", batch, 0)
+    check_int("num_models", num_models, 1, MAX_MODELS)
+    check_int("vocab_size", vocab_size, 1)
+
+
 def workspace_floats(batch: int, num_models: int, vocab_size: int, device: torch.device) -> int:
     """Float32 elements of workspace the lane of `device` wants."""
     if choose_lane("logits", device) != "triton":
@@ -75,8 +83,8 @@ def workspace_floats(batch: int, num_models: int, vocab_size: int, device: torch
 def check_mix(
     logits: Sequence[Tensor], weights: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None,
     min_p: Tensor | None, seed: Tensor, position: Tensor, bias: Tensor | None, plausibility: Tensor | None,
-    plausibility_model: int, order: str, vocab_size: int | None, out: MixSample | None,
-    out_stats: MixStats | None, workspace: Tensor | None,
+    plausibility_model: int, order: str, vocab_size: int | None, stats: bool,
+    out: MixSample | None, out_stats: MixStats | None, workspace: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise a typed error unless `mix_sample` takes these; values of parameters are looked at later."""
     if isinstance(logits, Tensor) or not isinstance(logits, Sequence):
@@ -104,12 +112,8 @@ def check_mix(
     if bias is not None:
         check_tensor("bias", bias, dtype=torch.float32, shape=(rows, width), device=device, contiguous=False)
         _check_rows("bias", bias)
-    if isinstance(plausibility_model, bool) or not isinstance(plausibility_model, int):
-        raise DtypeError(f"plausibility_model must be an int, got {type(plausibility_model).__name__}")
-    if not 0 <= plausibility_model < models:
-        raise RangeError(f"plausibility_model is {plausibility_model}, allowed are 0..{models - 1}")
-    if order not in ORDERS:
-        raise RangeError(f"order is {order!r}, allowed are {', '.join(map(repr, ORDERS))}")
+    check_int("plausibility_model", plausibility_model, 0, models - 1)
+    check_choice("order", order, ORDERS)
     results: list[tuple[str, Sequence[Tensor] | None, type[Any]]] = [
         ("out", out, MixSample), ("out_stats", out_stats, MixStats),
     ]  # fmt: skip
@@ -120,10 +124,14 @@ def check_mix(
         for field, t in out._asdict().items():
             wanted = torch.int32 if field == "token" else torch.float32
             check_tensor(f"out.{field}", t, dtype=wanted, shape=(rows,), device=device)
+            check_no_grad(f"out.{field}", t)
+    if out_stats is not None and not stats:
+        raise DtypeError("out_stats is given but stats is not True, so nothing would be written to it")
     if out_stats is not None:
         for field, t in out_stats._asdict().items():
             shape = (rows,) if field in ("lse_mix", "log_z", "entropy") else (rows, models)
             check_tensor(f"out_stats.{field}", t, dtype=torch.float32, shape=shape, device=device)
+            check_no_grad(f"out_stats.{field}", t)
     _check_workspace(workspace, rows, models, width, device)
 
 
@@ -134,15 +142,10 @@ def _check_rows(name: str, t: Tensor) -> None:
 
 def _check_vocab_size(vocab_size: int | None, widths: list[int]) -> int:
     least = min(widths)
-    if vocab_size is None:
-        vocab_size = least
-    elif isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise DtypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}")
-    if not 1 <= vocab_size <= least:
-        raise RangeError(f"vocab_size is {vocab_size}, allowed are 1..{least}: the logits have widths {widths}")
-    if vocab_size >= 1 << 31:
-        raise RangeError(f"vocab_size is {vocab_size}, token ids are int32: allowed are 1..{(1 << 31) - 1}")
-    return vocab_size
+    size = least if vocab_size is None else vocab_size
+    # Token ids are int32.
+    check_int("vocab_size", size, 1, min(least, (1 << 31) - 1), f"the logits have widths {widths}")
+    return size
 
 
 def _check_workspace(workspace: Tensor | None, rows: int, models: int, width: int, device: torch.device) -> None:
@@ -196,6 +199,7 @@ def check_rank(
         for field, t in out._asdict().items():
             wanted = torch.int32 if field == "rank" else torch.float32
             check_tensor(f"out.{field}", t, dtype=wanted, shape=(rows,), device=device)
+            check_no_grad(f"out.{field}", t)
     _check_workspace(workspace, rows, 2, width, device)
     if device.type == "cpu" and rows:
         wrong = (token < 0) | (token >= width)

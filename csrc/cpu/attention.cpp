@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/isa.h"
 
@@ -135,10 +136,10 @@ void merge_state(const void* v_a, const float* lse_a, const void* v_b, const flo
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < rows; ++r) {
     const MergeWeights w = merge_weights(lse_a[r], lse_b[r]);
+    // An empty side drops out whatever its v holds; any other NaN stays, under a weight of 0 too.
+    const bool has_a = lse_a[r] != -INFINITY, has_b = lse_b[r] != -INFINITY;
     for (int64_t i = r * dim; i < (r + 1) * dim; ++i) {
-      // A weight of 0 drops the side even where its v holds NaN.
-      const float a = w.a > 0 ? w.a * value_of(v_a, i, dtype) : 0.0f,
-                  b = w.b > 0 ? w.b * value_of(v_b, i, dtype) : 0.0f;
+      const float a = has_a ? w.a * value_of(v_a, i, dtype) : 0.0f, b = has_b ? w.b * value_of(v_b, i, dtype) : 0.0f;
       set_value(v, i, a + b, dtype);
     }
     lse[r] = w.lse;

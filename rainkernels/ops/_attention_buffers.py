@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rainkernels._checks import FLOATS
+from rainkernels._checks import FLOATS, check_int
 from rainkernels._lanes import choose_lane
 from rainkernels.errors import DtypeError, LaneError, RangeError, ShapeError
 from rainkernels.ops._attention_items import (
@@ -17,18 +17,36 @@ from rainkernels.ops._attention_items import (
     Chunk,
     ItemTable,
     Places,
-    check_chunk,
     item_table,
     resolve_chunk,
 )
+from rainkernels.ops._attention_items import check_chunk as check_chunk_value
 from rainkernels.ops._attention_plan import AttentionPlan
 from rainkernels.triton.attention_tiles import MAX_HEAD_DIM, Tiles, choose_tiles
 
-__all__ = ["AttentionBuffers"]
+__all__ = ["AttentionBuffers", "check_chunk", "check_heads"]
 
 # Programs per launch: two for each SM of an H100 or H200. They loop when there are more items, and an idle one costs
 # about a nanosecond.
 _PROGRAMS = 2 * 132
+
+
+def check_chunk(chunk: Chunk) -> None:
+    """Raise a typed error unless `chunk` is "auto" or a multiple of 64 in 64..2**20."""
+    if not isinstance(chunk, str):
+        check_int("chunk", chunk, 1, hint="a multiple of 64, or 'auto'")
+    check_chunk_value(chunk)
+
+
+def check_heads(num_qo_heads: int, num_kv_heads: int, head_dim: int, head_dim_v: int, dtype: torch.dtype) -> None:
+    """Raise a typed error unless the Triton lane takes heads of these numbers and sizes."""
+    if dtype not in FLOATS:
+        raise DtypeError(f"dtype is {dtype}, allowed: {', '.join(map(str, FLOATS))}")
+    sizes = {"head_dim": head_dim, "head_dim_v": head_dim_v, "num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads}
+    for name, size in sizes.items():
+        check_int(name, size, 1, MAX_HEAD_DIM if "dim" in name else 65535)
+    if num_qo_heads % num_kv_heads:
+        raise ShapeError(f"num_qo_heads is {num_qo_heads}, it must be a multiple of num_kv_heads, {num_kv_heads}")
 
 
 @dataclass(eq=False)
@@ -90,6 +108,16 @@ class AttentionBuffers:
         Raises:
             LaneError: the device has no Triton lane. DtypeError, ShapeError, RangeError: naming the argument.
         """
+        dim_v = head_dim if head_dim_v is None else head_dim_v
+        check_heads(num_qo_heads, num_kv_heads, head_dim, dim_v, dtype)
+        sizes = {
+            "max_rows": max_rows, "max_items": max_items, "max_keys": max_keys, "max_partials": max_partials,
+            "num_slots": num_slots,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            check_int(name, size, 1)
+        check_int("levels", levels, 1, LEVELS)
+        check_chunk(chunk)
         where = torch.device(device)
         if where.type == "cuda" and where.index is None:
             where = torch.device("cuda", torch.cuda.current_device())
@@ -98,24 +126,6 @@ class AttentionBuffers:
                 f"AttentionBuffers are for the triton lane, which {where} tensors do not take here: use device='cuda', or "
                 "RAINKERNELS_LANE=triton with TRITON_INTERPRET=1 on a cpu"
             )
-        if dtype not in FLOATS:
-            raise DtypeError(f"dtype is {dtype}, allowed: {', '.join(map(str, FLOATS))}")
-        dim_v = head_dim if head_dim_v is None else head_dim_v
-        for name, dim in (("head_dim", head_dim), ("head_dim_v", dim_v)):
-            if not 0 < dim <= MAX_HEAD_DIM:
-                raise ShapeError(f"{name} is {dim}, allowed: 1..{MAX_HEAD_DIM}")
-        if num_kv_heads <= 0 or num_qo_heads <= 0 or num_qo_heads % num_kv_heads:
-            raise ShapeError(f"num_qo_heads is {num_qo_heads}, it must be a positive multiple of {num_kv_heads}")
-        sizes = {
-            "max_rows": max_rows, "max_items": max_items, "max_keys": max_keys, "max_partials": max_partials,
-            "num_slots": num_slots,
-        }  # fmt: skip
-        for name, size in sizes.items():
-            if not 0 < size < 1 << 31:
-                raise RangeError(f"{name} is {size}, allowed: 1..2**31-1")
-        if not 1 <= levels <= LEVELS:
-            raise RangeError(f"levels is {levels}, allowed: 1..{LEVELS}")
-        check_chunk(chunk)
         # Rows first: the keys come last, so that a short plan copies little.
         order = HEADER
         position = order + max_rows

@@ -9,16 +9,23 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from rainkernels._checks import DTYPE_CODE, FLOATS, check_outputs, check_tensor, is_finite
-from rainkernels._lanes import choose_lane, native
+from rainkernels._checks import (
+    DTYPE_CODE,
+    FLOATS,
+    check_int,
+    check_no_grad,
+    check_outputs,
+    check_real,
+    check_tensor,
+)
+from rainkernels._lanes import choose_lane, native, requested_lane
 from rainkernels.errors import DeviceError, DtypeError, LaneError, RangeError, ShapeError, StrideError
-from rainkernels.ops._attention_buffers import AttentionBuffers
+from rainkernels.ops import _attention_items
+from rainkernels.ops._attention_buffers import AttentionBuffers, check_chunk, check_heads
 from rainkernels.ops._attention_items import (
     AttentionTraffic,
     Chunk,
     ItemTable,
-    attention_traffic,
-    check_chunk,
     item_table,
     resolve_chunk,
     stream_of,
@@ -31,6 +38,8 @@ __all__ = [
     "AttentionBuffers", "AttentionPlan", "AttentionTraffic", "MergedState", "attention_plan", "attention_traffic",
     "merge_state", "tree_attention",
 ]  # fmt: skip
+
+_CHUNK = 256
 
 
 class MergedState(NamedTuple):
@@ -59,7 +68,7 @@ class _Call(NamedTuple):
 def tree_attention(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: AttentionPlan, *, softmax_scale: float, softcap: float = ...,
     sliding_window: int = ..., sinks: Tensor | None = ..., out: Tensor | None = ..., return_lse: Literal[False] = ...,
-    chunk: Chunk = ..., buffers: AttentionBuffers | None = ...,
+    chunk: Chunk | None = ..., buffers: AttentionBuffers | None = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -67,7 +76,7 @@ def tree_attention(
 def tree_attention(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: AttentionPlan, *, softmax_scale: float, softcap: float = ...,
     sliding_window: int = ..., sinks: Tensor | None = ..., out: Tensor | None = ..., return_lse: Literal[True],
-    chunk: Chunk = ..., buffers: AttentionBuffers | None = ...,
+    chunk: Chunk | None = ..., buffers: AttentionBuffers | None = ...,
 ) -> MergedState: ...  # fmt: skip
 
 
@@ -83,7 +92,7 @@ def tree_attention(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
-    chunk: Chunk = 256,
+    chunk: Chunk | None = None,
     buffers: AttentionBuffers | None = None,
 ) -> Tensor | MergedState:
     """Attention of every row over its tree path.
@@ -108,6 +117,7 @@ def tree_attention(
         where the path is split, on thread count or instruction set. On the triton lane they depend on the tile shape a
         row lands in, and on nothing else but its own path.
         With `out` and `buffers` given (and no return_lse) nothing is allocated, and the host never waits.
+        Where `chunk` is None it is 256, or what the buffers were made for; with buffers any other is refused.
     Raises:
         DeviceError, DtypeError, ShapeError, StrideError, RangeError, LaneError: naming the argument.
     Devices: cpu, cuda.  Reference: rainkernels.reference.attention.tree_attention
@@ -117,10 +127,11 @@ def tree_attention(
         signature = (
             q.shape, q.stride(), q.dtype, q.device, k_pool.shape, k_pool.dtype, k_pool.device, k_pool.is_contiguous(),
             v_pool.shape, v_pool.dtype, v_pool.device, v_pool.is_contiguous(),
-            q.is_neg(), k_pool.is_neg(), v_pool.is_neg(), softmax_scale, softcap, sliding_window, threads, chunk, buffers,
+            q.is_neg(), k_pool.is_neg(), v_pool.is_neg(), softmax_scale, type(softmax_scale), softcap, type(softcap),
+            sliding_window, type(sliding_window), threads, chunk, type(chunk), buffers, requested_lane(),
         )  # fmt: skip
         call = plan._calls.get(signature)
-    except (AttributeError, TypeError):  # not a tensor, or not a plan: the checks say which
+    except (AttributeError, TypeError, RuntimeError):  # not a dense tensor, or not a plan: the checks say which
         _check_attention(q, k_pool, v_pool, plan, softmax_scale, softcap, sliding_window, chunk, buffers)
         raise
     if call is None:
@@ -132,12 +143,14 @@ def tree_attention(
         check_tensor("sinks", sinks, dtype=torch.float32, shape=(call.lse_shape[1],), device=q.device)
     if out is not None:
         check_tensor("out", out, dtype=q.dtype, shape=call.out_shape, device=q.device)
+        check_no_grad("out", out)
     if call.lane == "reference":
-        result, lse = reference.tree_attention(
-            q, k_pool, v_pool, *gathered(plan, q.device), softmax_scale=float(softmax_scale), softcap=float(softcap),
-            sliding_window=int(sliding_window), sinks=sinks,
-        )  # fmt: skip
-        result = result if out is None else out.copy_(result)
+        with torch.no_grad():
+            result, lse = reference.tree_attention(
+                q, k_pool, v_pool, *gathered(plan, q.device), softmax_scale=float(softmax_scale), softcap=float(softcap),
+                sliding_window=sliding_window, sinks=sinks,
+            )  # fmt: skip
+            result = result if out is None else out.copy_(result)
         return MergedState(result, lse) if return_lse else result
     if out is None:
         out = q.new_empty(call.out_shape)
@@ -147,6 +160,31 @@ def tree_attention(
     else:
         _run_cpu(call, q, k_pool, v_pool, plan, sinks, out, lse_out)
     return out if lse_out is None else MergedState(out, lse_out)
+
+
+def attention_traffic(
+    plan: AttentionPlan,
+    *,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    head_dim_v: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    chunk: Chunk = _CHUNK,
+) -> AttentionTraffic:
+    """Count the bytes `tree_attention` moves for this plan and these head shapes on the Triton lane.
+
+    Raises:
+        DtypeError, ShapeError, RangeError: naming the argument.
+    """
+    if not isinstance(plan, AttentionPlan):
+        raise DtypeError(f"plan must come from attention_plan(), got {type(plan).__name__}")
+    check_heads(num_qo_heads, num_kv_heads, head_dim, head_dim if head_dim_v is None else head_dim_v, dtype)
+    check_chunk(chunk)
+    return _attention_items.attention_traffic(
+        plan, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
+        chunk=chunk,
+    )  # fmt: skip
 
 
 def _run_cpu(
@@ -192,10 +230,11 @@ def _run_triton(
 
 def _prepare(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: AttentionPlan, scale: float, softcap: float, window: int,
-    chunk: Chunk, buffers: AttentionBuffers | None, threads: int,
+    chunk: Chunk | None, buffers: AttentionBuffers | None, threads: int,
 ) -> _Call:  # fmt: skip
     """Check everything a call's signature fixes, and derive what all its repetitions (the layers of a step) share."""
     _check_attention(q, k_pool, v_pool, plan, scale, softcap, window, chunk, buffers)
+    chunk = _CHUNK if chunk is None else chunk
     num_rows, num_qo_heads, head_dim = q.shape
     _, num_kv_heads, head_dim_v = v_pool.shape
     out_shape, lse_shape = (num_rows, num_qo_heads, head_dim_v), (num_rows, num_qo_heads)
@@ -231,7 +270,7 @@ def _prepare(
 
 def _check_attention(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: AttentionPlan, scale: float, softcap: float, window: int,
-    chunk: Chunk, buffers: AttentionBuffers | None,
+    chunk: Chunk | None, buffers: AttentionBuffers | None,
 ) -> None:  # fmt: skip
     if not isinstance(plan, AttentionPlan):
         raise DtypeError(f"plan must come from attention_plan(), got {type(plan).__name__}")
@@ -249,15 +288,15 @@ def _check_attention(
         raise ShapeError(f"q has {num_qo_heads} heads, k_pool {num_kv_heads}: q's must be a positive multiple of it")
     if head_dim > 1 and q.stride(2) != 1:
         raise StrideError(f"q has strides {list(q.stride())}, its last dim must have stride 1: call .contiguous()")
-    check_chunk(chunk)
+    if chunk is not None:
+        check_chunk(chunk)
+        if buffers is not None and chunk != buffers.chunk:
+            raise RangeError(f"chunk is {chunk!r}, the buffers were made for {buffers.chunk!r}: leave it out")
     if plan.max_slot >= num_slots:
         raise RangeError(f"plan names slot {plan.max_slot}, k_pool has {num_slots}: allowed are 0..{num_slots - 1}")
-    if not (is_finite(scale) and scale > 0):
-        raise RangeError(f"softmax_scale is {scale}, it must be finite and > 0, usually head_dim ** -0.5")
-    if not (is_finite(softcap) and softcap >= 0):
-        raise RangeError(f"softcap is {softcap}, it must be finite and >= 0; 0 means none")
-    if not (isinstance(window, int) and 0 <= window < 1 << 31):
-        raise RangeError(f"sliding_window is {window}, it must be a number of tokens in 0..2**31-1; 0 means none")
+    check_real("softmax_scale", scale, "it must be finite in float32 and > 0, usually head_dim ** -0.5", positive=True)
+    check_real("softcap", softcap, "it must be finite in float32 and >= 0; 0 means none")
+    check_int("sliding_window", window, 0, hint="tokens, 0 means none")
 
 
 def _check_buffers(q: Tensor, k_pool: Tensor, v_pool: Tensor, buffers: AttentionBuffers) -> None:
@@ -293,7 +332,8 @@ def merge_state(
     Returns:
         v: like v_a;  lse: like lse_a
     Edge cases:
-        lse = -inf marks an empty partial, whatever its v holds; two empty partials give v = 0, lse = -inf.
+        lse = -inf marks an empty partial, whatever its v holds; two empty partials give v = 0, lse = -inf. An lse that is NaN
+        or +inf gives v = NaN.
     Raises:
         DeviceError, DtypeError, ShapeError, StrideError: naming the argument.
     Devices: cpu, cuda.  Reference: rainkernels.reference.attention.merge_state
@@ -307,10 +347,13 @@ def merge_state(
         check_outputs("out", out, MergedState._fields)
         check_tensor("out[0]", out[0], dtype=v_a.dtype, shape=shape, device=device)
         check_tensor("out[1]", out[1], dtype=torch.float32, shape=shape[:2], device=device)
+        check_no_grad("out[0]", out[0])
+        check_no_grad("out[1]", out[1])
     lane = choose_lane("attention", device)
     if lane == "reference":
-        v, lse = reference.merge_state(v_a, lse_a, v_b, lse_b)
-        return MergedState(v, lse) if out is None else MergedState(out[0].copy_(v), out[1].copy_(lse))
+        with torch.no_grad():
+            v, lse = reference.merge_state(v_a, lse_a, v_b, lse_b)
+            return MergedState(v, lse) if out is None else MergedState(out[0].copy_(v), out[1].copy_(lse))
     v, lse = (torch.empty_like(v_a), torch.empty_like(lse_a)) if out is None else out
     if lane == "triton":
         from rainkernels.triton import attention as triton_lane

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rainkernels._checks import DTYPE_CODE, FLOATS, check_tensor, is_finite
+from rainkernels._checks import DTYPE_CODE, FLOATS, check_choice, check_no_grad, check_real, check_tensor
 from rainkernels._lanes import choose_lane, native
 from rainkernels.errors import DtypeError, RangeError, ShapeError, StrideError
 from rainkernels.ops.edits_tables import BasisTable, EditTable
@@ -20,8 +20,8 @@ Table = EditTable | BasisTable
 TAPS = ("mlp_out", "block_out")
 CASTS = ("llama", "gemma")
 _NO_TABLE = (0,) * 13
-# Signatures of checked calls without a table; a table keeps its own.
-_CALLS: set[object] = set()
+# Signatures of checked calls without a table, with the bytes that x, residual and out span; a table keeps its own.
+_CALLS: dict[object, tuple[int, int, int]] = {}
 
 
 class NormedResidual(NamedTuple):
@@ -34,7 +34,9 @@ class NormedResidual(NamedTuple):
 def edit_(x: Tensor, table: Table, slots: Tensor) -> Tensor:
     """Edit every row by its slot, in place: h' = h + sum_j b_j u_j (see EditTable and BasisTable).
 
-    Arithmetic is float32 for every dtype, rounded once to nearest even. On the cpu a row's bits depend on the row and its
+    Arithmetic is float32 for every dtype, rounded once to nearest even; on the triton lane a product with a BasisTable is
+    three products of tf32 parts, or where rows and basis are bfloat16 two of bfloat16 parts, which leave 2**-17 of it out.
+    On the cpu a row's bits depend on the row and its
     slot alone: not on the other rows, thread count or instruction set.
 
     Shapes:
@@ -57,12 +59,13 @@ def edit_(x: Tensor, table: Table, slots: Tensor) -> Tensor:
             slots.shape, slots.dtype, slots.device, slots.is_contiguous(), slots.is_neg(),
         )  # fmt: skip
         known = signature in table._calls
-    except (AttributeError, TypeError):  # not a tensor, or not a table: the checks say which
+    except (AttributeError, TypeError, RuntimeError):  # not a dense tensor, or not a table: the checks say which
         _check_edit(x, table, slots)
         raise
     if not known:
         _check_edit(x, table, slots)
-        _remember(table._calls, signature)
+        _remember(table._calls, signature, (0, 0, 0))
+    check_no_grad("x", x)
     lane = choose_lane("edits", x.device)
     if lane == "cpu":
         bad = native().edits_cpu(
@@ -79,7 +82,8 @@ def edit_(x: Tensor, table: Table, slots: Tensor) -> Tensor:
             triton_lane.edit_(x, table, slots)
     else:
         _check_slots(slots, table)
-        x.copy_(reference.edit(x, slots, **table.reference_arguments()))  # type: ignore[arg-type]
+        with torch.no_grad():
+            x.copy_(reference.edit(x, slots, **table.reference_arguments()))  # type: ignore[arg-type]
     return x
 
 
@@ -108,10 +112,10 @@ def add_edit_rmsnorm(
 
     Shapes:
         x:        [num_tokens, hidden_size] float32 | bfloat16 | float16, last dim contiguous
-        residual: like x, another memory, written
+        residual: like x, written; memory of its own
         weight:   [hidden_size] x's dtype or float32, contiguous
         table, slots: as in `edit_`, or both None for no edit
-        out:      like x, contiguous rows, or x itself; allocated when None
+        out:      like x, contiguous rows, memory of its own or x itself; allocated when None
     Returns:
         NormedResidual(normed, residual)
     Edge cases:
@@ -127,17 +131,21 @@ def add_edit_rmsnorm(
             residual.device, residual.is_neg(), weight.shape, weight.stride(), weight.dtype, weight.device, weight.is_neg(),
             None if slots is None else (slots.shape, slots.dtype, slots.device, slots.is_contiguous(), slots.is_neg()),
             None if out is None else (out.shape, out.stride(), out.dtype, out.device, out.is_neg()),
-            eps, tap, weight_offset, cast,
+            eps, type(eps), tap, weight_offset, type(weight_offset), cast,
         )  # fmt: skip
-        known = signature in calls  # type: ignore[operator]
-    except (AttributeError, TypeError):
+        spans = calls.get(signature)  # type: ignore[union-attr]
+    except (AttributeError, TypeError, RuntimeError):
         _check_fused(x, residual, weight, table, slots, eps, tap, weight_offset, cast, out)
         raise
-    if not known:
+    if spans is None:
         _check_fused(x, residual, weight, table, slots, eps, tap, weight_offset, cast, out)
-        _remember(calls, signature)
+        spans = _span(x), _span(residual), _span(out)
+        _remember(calls, signature, spans)
+    check_no_grad("residual", residual)
+    if out is not None:
+        check_no_grad("out", out)
     if x.numel():
-        _check_sharing(x, residual, out)
+        _check_sharing(x, residual, out, spans)
     normed = x.new_empty(x.shape) if out is None else out
     lane = choose_lane("edits", x.device)
     if lane == "cpu":
@@ -160,19 +168,12 @@ def add_edit_rmsnorm(
             triton_lane.add_edit_rmsnorm(x, residual, weight, table, slots, normed, eps, tap, weight_offset, cast)
     else:
         arguments = None if table is None else table.reference_arguments()
-        y, summed = reference.add_edit_rmsnorm(
-            x,
-            residual,
-            weight,
-            slots,
-            arguments,
-            eps=float(eps),
-            tap=tap,
-            weight_offset=float(weight_offset),
-            cast=cast,
-        )
-        residual.copy_(summed)
-        normed.copy_(y)
+        with torch.no_grad():
+            y, summed = reference.add_edit_rmsnorm(
+                x, residual, weight, slots, arguments, eps=float(eps), tap=tap, weight_offset=float(weight_offset), cast=cast
+            )  # fmt: skip
+            residual.copy_(summed)
+            normed.copy_(y)
     return NormedResidual(normed, residual)
 
 
@@ -192,10 +193,10 @@ def _table_arguments(table: Table | None) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _remember(calls: Any, signature: object) -> None:
+def _remember(calls: Any, signature: object, spans: tuple[int, int, int]) -> None:
     if len(calls) >= 1024:
         calls.clear()
-    calls.add(signature)
+    calls[signature] = spans
 
 
 def _check_rows(name: str, t: Tensor, like: Tensor | None, *, written: bool) -> None:
@@ -240,23 +241,49 @@ def _check_fused(
         _check_table(x, table, slots)
     if out is not None:
         _check_rows("out", out, x, written=True)
-    if tap not in TAPS:
-        raise RangeError(f"tap is {tap!r}, allowed: {', '.join(TAPS)}")
-    if cast not in CASTS:
-        raise RangeError(f"cast is {cast!r}, allowed: {', '.join(CASTS)}")
-    if not (is_finite(eps) and eps >= 0):
-        raise RangeError(f"eps is {eps}, it must be finite and >= 0")
-    if not (is_finite(offset)):
-        raise RangeError(f"weight_offset is {offset}, it must be finite; 1.0 for Gemma, 0.0 otherwise")
+    check_choice("tap", tap, TAPS)
+    check_choice("cast", cast, CASTS)
+    check_real("eps", eps, "it must be finite in float32 and >= 0")
+    check_real("weight_offset", offset, "it must be finite in float32; 1.0 for Gemma, 0.0 otherwise", signed=True)
 
 
-def _check_sharing(x: Tensor, residual: Tensor, out: Tensor | None) -> None:
+def _span(t: Tensor | None) -> int:
+    """Bytes from the first element to behind the last."""
+    return 0 if t is None else ((t.shape[0] - 1) * t.stride(0) + t.shape[1]) * t.element_size()
+
+
+def _check_sharing(x: Tensor, residual: Tensor, out: Tensor | None, spans: tuple[int, int, int]) -> None:
     """At every call: addresses are no part of a signature."""
-    start, at = x.data_ptr(), 0 if out is None else out.data_ptr()
-    if residual.data_ptr() in (start, at):
-        raise StrideError("residual shares its memory with x or out and is written while they are read: clone it")
-    if at == start and out is not None and out.stride() != x.stride():
-        raise StrideError("out begins where x does but has other strides: pass x itself, or its own memory")
+    x_at, residual_at = x.data_ptr(), residual.data_ptr()
+    x_end, residual_end = x_at + spans[0], residual_at + spans[1]
+    if x_at < residual_end and residual_at < x_end and _rows_meet(x, residual):
+        raise StrideError("residual shares memory with x and is written while x is read: clone it")
+    if out is None:
+        return
+    out_at = out.data_ptr()
+    out_end = out_at + spans[2]
+    if out_at < residual_end and residual_at < out_end and _rows_meet(out, residual):
+        raise StrideError("residual shares memory with out, and both are written: clone it")
+    if out_at < x_end and x_at < out_end:
+        itself = out_at == x_at and (out.stride(0) == x.stride(0) or x.shape[0] == 1)
+        if not itself and _rows_meet(out, x):
+            raise StrideError("out shares memory with x without being x: pass x itself, or memory of its own")
+
+
+def _rows_meet(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have an element in common; columns of one buffer lie among each other and have none."""
+    rows, size = a.shape[0], a.element_size()
+    width, step_a, step_b = a.shape[1] * size, a.stride(0) * size, b.stride(0) * size
+    between = b.data_ptr() - a.data_ptr()
+    if step_a == step_b:
+        near = -between // step_a if step_a else 0
+        return any(abs(between + min(max(m, 1 - rows), rows - 1) * step_a) < width for m in (near, near + 1))
+    for i in range(rows):
+        at = i * step_a - between
+        near = at // step_b if step_b else 0
+        if any(abs(at - min(max(j, 0), rows - 1) * step_b) < width for j in (near, near + 1)):
+            return True
+    return False
 
 
 def _weight_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rainkernels._checks import FLOATS, check_tensor
+from rainkernels._checks import FLOATS, check_choice, check_int, check_real, check_tensor
 from rainkernels.errors import DtypeError, RangeError, ShapeError
 from rainkernels.reference.edits import NORMS, OPS
 
@@ -55,7 +55,7 @@ class EditTable:
     target: Tensor
     count: Tensor
     norm: Tensor
-    _calls: set[object] = field(default_factory=set, repr=False)  # signatures of checked calls
+    _calls: dict[object, tuple[int, int, int]] = field(default_factory=dict, repr=False)  # signatures of checked calls
 
     def __post_init__(self) -> None:
         check_tensor("directions", self.directions, dtype=FLOATS, shape=(None, None, None))
@@ -63,7 +63,7 @@ class EditTable:
         _check_sizes("directions", self.directions, s, k)
         _check_table(self, {"scale": (s, k), "gram": (s, k, k), "op": (s, k), "alpha": (s, k), "target": (s, k)})
         _check_table(self, {"count": (s,), "norm": (s,)})
-        object.__setattr__(self, "_calls", set())
+        object.__setattr__(self, "_calls", {})
 
     @classmethod
     def create(
@@ -78,13 +78,11 @@ class EditTable:
         """An empty table. `num_slots` counts slot 0; `dtype` is that of the stored directions.
 
         Raises:
-            RangeError: a size is not a positive int, or max_directions is above MAX_DIRECTIONS.
-            DtypeError: dtype is not float32, bfloat16 or float16.
+            RangeError: a size is not positive, or max_directions is above MAX_DIRECTIONS.
+            DtypeError: a size is no int, or dtype is not float32, bfloat16 or float16.
         """
         for name, size in (("num_slots", num_slots), ("max_directions", max_directions), ("hidden_size", hidden_size)):
-            _check_size(name, size)
-        if max_directions > MAX_DIRECTIONS:
-            raise RangeError(f"max_directions is {max_directions}, at most {MAX_DIRECTIONS} are supported")
+            check_int(name, size, 1, MAX_DIRECTIONS if name == "max_directions" else (1 << 31) - 1)
         _check_float("dtype", dtype)
         pairs = (num_slots, max_directions)
         with torch.inference_mode(False):  # a table made inside inference mode can be changed outside it
@@ -141,9 +139,9 @@ class EditTable:
         slot = _check_slot(slot, self.num_slots)
         vectors = _vectors("directions", directions, self.hidden_size)
         k = vectors.shape[0]
-        if order not in ("sequential", "orthonormal"):
-            raise RangeError(f"order is {order!r}, allowed: 'sequential', 'orthonormal'")
-        if not (isinstance(tolerance, (int, float)) and 0 <= tolerance < 1):
+        check_choice("order", order, ("sequential", "orthonormal"))
+        check_real("tolerance", tolerance, "it must be in [0, 1): a share of a direction's length", signed=True)
+        if not 0 <= tolerance < 1:
             raise RangeError(f"tolerance is {tolerance}, it must be in [0, 1): a share of a direction's length")
         codes, strengths, targets, mode = _rule(op, alpha, target, norm, k)
         if order == "orthonormal":
@@ -196,7 +194,7 @@ class BasisTable:
     alpha: Tensor
     target: Tensor
     norm: Tensor
-    _calls: set[object] = field(default_factory=set, repr=False)
+    _calls: dict[object, tuple[int, int, int]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_tensor("basis", self.basis, dtype=FLOATS, shape=(None, None))
@@ -204,7 +202,7 @@ class BasisTable:
         s, r = self.alpha.shape[0], self.basis.shape[0]
         _check_sizes("basis", self.basis, s, r)
         _check_table(self, {"scale": (r,), "op": (s, r), "alpha": (s, r), "target": (s, r), "norm": (s,)})
-        object.__setattr__(self, "_calls", set())
+        object.__setattr__(self, "_calls", {})
 
     @classmethod
     def create(
@@ -220,7 +218,7 @@ class BasisTable:
         Raises:
             DtypeError, ShapeError, RangeError: naming the argument; zero and non-finite vectors are refused.
         """
-        _check_size("num_slots", num_slots)
+        check_int("num_slots", num_slots, 1)
         _check_float("dtype", dtype)
         with torch.inference_mode(False):
             stored, scale = _stored("basis", _vectors("basis", basis, None), dtype)
@@ -295,19 +293,13 @@ def _check_sizes(name: str, t: Tensor, num_slots: int, directions: int) -> None:
         )
 
 
-def _check_size(name: str, size: object) -> None:
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 1 << 31:
-        raise RangeError(f"{name} is {size!r}, it must be an int in 1..2**31-1")
-
-
 def _check_float(name: str, dtype: object) -> None:
     if dtype not in FLOATS:
         raise DtypeError(f"{name} is {dtype}, allowed: {', '.join(map(str, FLOATS))}")
 
 
-def _check_slot(slot: object, num_slots: int) -> int:
-    if not isinstance(slot, int) or isinstance(slot, bool) or not 1 <= slot < num_slots:
-        raise RangeError(f"slot is {slot!r}, allowed are 1..{num_slots - 1}: slot 0 edits nothing, always")
+def _check_slot(slot: int, num_slots: int) -> int:
+    check_int("slot", slot, 1, num_slots - 1, "slot 0 edits nothing, always")
     return slot
 
 
@@ -316,6 +308,7 @@ def _vectors(name: str, t: Tensor, hidden_size: int | None) -> Tensor:
     if not isinstance(t, Tensor) or not t.dtype.is_floating_point:
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise DtypeError(f"{name} must be a float tensor [k, d], got {got}")
+    check_tensor(name, t.resolve_neg(), contiguous=False)
     if t.dim() != 2 or t.shape[1] == 0 or (hidden_size is not None and t.shape[1] != hidden_size):
         raise ShapeError(f"{name} has shape {list(t.shape)}, expected [k, {hidden_size or 'hidden_size'}]")
     vectors = t.detach().to("cpu", torch.float64)
@@ -364,14 +357,15 @@ def _rule(
     op: Op | Sequence[Op], alpha: _PerDirection, target: _PerDirection, norm: object, k: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Codes, strengths, targets [k] and the norm's code."""
-    names = [op] * k if isinstance(op, str) else list(op)
+    names = [op] * k if isinstance(op, str) else list(op) if isinstance(op, Sequence) else [op]
+    for name in names:
+        if not isinstance(name, str):
+            raise DtypeError(f"op must be a name or a list of names, got {type(name).__name__}")
     if len(names) != k:
         raise ShapeError(f"op has {len(names)} names for {k} directions: give one, or one per direction")
     for name in names:
-        if name not in OPS:
-            raise RangeError(f"op is {name!r}, allowed: {', '.join(OPS)}")
-    if norm not in NORMS:
-        raise RangeError(f"norm is {norm!r}, allowed: {', '.join(NORMS)}")
+        check_choice("op", name, OPS)
+    check_choice("norm", norm, NORMS)
     codes = torch.tensor([OPS.index(name) for name in names], dtype=torch.int32)
     return codes, _per_direction("alpha", alpha, k), _per_direction("target", target, k), NORMS.index(str(norm))
 
@@ -380,7 +374,8 @@ def _per_direction(name: str, value: _PerDirection, k: int) -> Tensor:
     """[k] float32 on the cpu."""
     try:
         t = torch.as_tensor(value, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
+        t = t.to_dense() if t.layout != torch.strided else t
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DtypeError(f"{name} must be a number or one number per direction, got {type(value).__name__}") from error
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != k):
         raise ShapeError(f"{name} has shape {list(t.shape)} for {k} directions: give one number, or one per direction")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rainkernels._checks import FLOATS, check_tensor
+from rainkernels._checks import FLOATS, check_no_grad, check_tensor
 from rainkernels._lanes import choose_lane, native
 from rainkernels.errors import LaneError, RangeError, StrideError
 from rainkernels.reference import kv as reference
@@ -30,7 +30,8 @@ def kv_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping:
         slot_mapping: [num_tokens] int32, slot of each token; -1 skips the token
     Edge cases:
         Rows naming the same slot: the last one stays (cuda: any one of them). A slot outside the pool raises
-        RangeError; on cuda, where looking would stop the stream, such a row is skipped.
+        RangeError; on cuda, where looking would stop the stream, such a row is skipped. k, v and the two pools must not
+        share memory, which is not looked at: what is read after it was written there is undefined.
     Raises:
         DeviceError, DtypeError, ShapeError, StrideError, RangeError: naming the argument.
     Devices: cpu, cuda (graph-safe).  Reference: rainkernels.reference.kv.kv_write
@@ -43,7 +44,7 @@ def kv_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping:
             k.is_neg(), v.is_neg(), k_pool.is_neg(), v_pool.is_neg(), slot_mapping.is_neg(), k.layout, v.layout,
         )  # fmt: skip
         known = signature in _CHECKED
-    except (AttributeError, TypeError):  # not a tensor: the checks say which
+    except (AttributeError, TypeError, RuntimeError):  # not a dense tensor: the checks say which
         _check_write(k, v, k_pool, v_pool, slot_mapping)
         raise
     if not known:
@@ -51,11 +52,14 @@ def kv_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping:
         if len(_CHECKED) >= 1024:
             _CHECKED.clear()
         _CHECKED.add(signature)
+    check_no_grad("k_pool", k_pool)
+    check_no_grad("v_pool", v_pool)
     tokens = k.shape[0]
     lane = choose_lane("kv", k_pool.device)
     if lane == "reference":
         _check_slots("slot_mapping", slot_mapping, k_pool.shape[0], lowest=-1)
-        reference.kv_write(k, v, k_pool, v_pool, slot_mapping)
+        with torch.no_grad():
+            reference.kv_write(k, v, k_pool, v_pool, slot_mapping)
         return
     if tokens == 0:
         return
@@ -92,6 +96,8 @@ def kv_copy(k_pool: Tensor, v_pool: Tensor, src: Tensor, dst: Tensor) -> None:
     check_tensor("v_pool", v_pool, dtype=k_pool.dtype, shape=(*k_pool.shape[:2], None), device=device)
     check_tensor("src", src, dtype=torch.int32, shape=(None,), device=device)
     check_tensor("dst", dst, dtype=torch.int32, shape=(src.shape[0],), device=device)
+    check_no_grad("k_pool", k_pool)
+    check_no_grad("v_pool", v_pool)
     num_slots = k_pool.shape[0]
     lane = choose_lane("kv", device)
     if lane == "cuda":
@@ -101,7 +107,8 @@ def kv_copy(k_pool: Tensor, v_pool: Tensor, src: Tensor, dst: Tensor) -> None:
     _check_slots("src", src, num_slots, lowest=0)
     _check_slots("dst", dst, num_slots, lowest=-1)
     if lane == "reference":
-        reference.kv_copy(k_pool, v_pool, src, dst)
+        with torch.no_grad():
+            reference.kv_copy(k_pool, v_pool, src, dst)
     elif src.shape[0]:
         size = _DTYPE_BYTES[k_pool.dtype]
         row = k_pool.shape[1] * size

@@ -19,6 +19,7 @@ from rainkernels._logits_checks import (
     check_mix,
     check_rank,
     check_values,
+    check_workspace_sizes,
     value_error,
     workspace_floats,
 )
@@ -35,12 +36,18 @@ _CHECKED: set[object] = set()
 
 
 def mix_sample_workspace(batch: int, num_models: int, vocab_size: int, device: torch.device | str) -> int:
-    """Number of float32 elements `mix_sample` wants as workspace for these sizes; 0 on the cpu."""
+    """Number of float32 elements `mix_sample` wants as workspace for these sizes; 0 on the cpu.
+
+    Raises:
+        DtypeError, RangeError: naming the argument.
+    """
+    check_workspace_sizes(batch, num_models, vocab_size)
     return workspace_floats(batch, num_models, vocab_size, torch.device(device))
 
 
 def rank_workspace(batch: int, vocab_size: int, device: torch.device | str) -> int:
-    """Number of float32 elements `rank` wants as workspace for these sizes; 0 on the cpu."""
+    """Number of float32 elements `rank` wants as workspace for these sizes; 0 on the cpu. Errors as `mix_sample_workspace`."""
+    check_workspace_sizes(batch, 2, vocab_size)
     return workspace_floats(batch, 2, vocab_size, torch.device(device))
 
 
@@ -71,7 +78,7 @@ def mix_sample(
 
     Shapes:
         logits:       N in 1..8 tensors [B, V_i]  float32 | bfloat16 | float16 (all alike), last dim contiguous; any row
-                      stride, 0 too (`expand`); a model of weight 0 is not read, unless `stats` asks
+                      stride, 0 too (`expand`); a model of weight 0 is not read, unless by `stats` or as `plausibility_model`
         weights:      [B, N] float32; negative and > 1 allowed
         temperature:  [B] float32 >= 0; 0 takes the most likely token, the lowest id of equals
         top_k:        [B] int32, 0 off: exactly k tokens, of equals the lower ids
@@ -85,7 +92,7 @@ def mix_sample(
         order:        "k_p_min", or "min_k_p": each filter sees the renormalised survivors of the one before;
                       "joint": each judges the whole distribution, and what passes all is kept
         vocab_size:   tokens that exist, at most every V_i; ids from it on never come out and enter no sum. None: min V_i
-        out, out_stats: results to write into, contiguous;  workspace: [>= mix_sample_workspace(...)] float32
+        out, out_stats: results to write into, contiguous, the second with `stats` only;  workspace: [>= mix_sample_workspace(...)] float32
     Returns:
         (MixSample, MixStats or None without `stats`)
     Edge cases:
@@ -105,17 +112,22 @@ def mix_sample(
             lane, type(logits), tuple((h.shape, h.stride(), h.dtype, h.device, h.is_neg()) for h in logits),
             tuple(
                 None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.is_neg())
-                for t in (weights, temperature, seed, position, workspace, *optional, *(out or ()), *(out_stats or ()))
+                for t in (weights, temperature, seed, position, workspace, *optional)
             ),
+            tuple(
+                (t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.requires_grad)
+                for t in (*(out or ()), *(out_stats or ()))
+            ),
+            (out is not None or out_stats is not None) and torch.is_grad_enabled(), out_stats is not None and not stats,
             type(out), type(out_stats), type(plausibility_model), plausibility_model, order, type(vocab_size), vocab_size,
         )  # fmt: skip
         known = signature in _CHECKED
-    except (AttributeError, TypeError):  # not a tensor: the checks say which
+    except (AttributeError, TypeError, RuntimeError):  # not a dense tensor: the checks say which
         signature, known = None, False
     if not known:
         check_mix(
             logits, weights, temperature, top_k, top_p, min_p, seed, position, bias, plausibility, plausibility_model,
-            order, vocab_size, out, out_stats, workspace,
+            order, vocab_size, stats, out, out_stats, workspace,
         )  # fmt: skip
         if len(_CHECKED) >= 1024:
             _CHECKED.clear()
@@ -126,17 +138,13 @@ def mix_sample(
     if lane != "cpu" and device.type == "cpu":
         check_values((weights, temperature, top_k, top_p, min_p, plausibility))
     if lane == "reference":
-        drawn, measured = reference.mix_sample(
-            logits, weights, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
-            position=position, bias=bias, plausibility=plausibility, plausibility_model=plausibility_model,
-            order=order, vocab_size=width, stats=stats,
-        )  # fmt: skip
-        sample = MixSample(*drawn) if out is None else MixSample(*(o.copy_(t) for o, t in zip(out, drawn, strict=True)))
-        if measured is None:
-            return sample, None
-        if out_stats is None:
-            return sample, MixStats(*measured)
-        return sample, MixStats(*(o.copy_(t) for o, t in zip(out_stats, measured, strict=True)))
+        with torch.no_grad():
+            drawn, measured = reference.mix_sample(
+                logits, weights, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+                position=position, bias=bias, plausibility=plausibility, plausibility_model=plausibility_model,
+                order=order, vocab_size=width, stats=stats,
+            )  # fmt: skip
+            return MixSample(*_into(out, drawn)), None if measured is None else MixStats(*_into(out_stats, measured))
     if out is None:
         values = torch.empty((2, rows), dtype=torch.float32, device=device)
         out = MixSample(torch.empty(rows, dtype=torch.int32, device=device), values[0], values[1])
@@ -168,6 +176,10 @@ def mix_sample(
     if rule:
         raise value_error(rule, (weights, temperature, top_k, top_p, min_p, plausibility)[rule - 1], row)
     return out, measured_into
+
+
+def _into(out: Sequence[Tensor] | None, results: Sequence[Tensor]) -> Sequence[Tensor]:
+    return results if out is None else [o.copy_(t) for o, t in zip(out, results, strict=True)]
 
 
 def _address(t: Tensor | None) -> int:
@@ -210,8 +222,8 @@ def rank(
     device, rows = base.device, base.shape[0]
     lane = choose_lane("logits", device)
     if lane == "reference":
-        found = reference.rank(base, aligned, token, vocab_size=width)
-        return Rank(*found) if out is None else Rank(*(o.copy_(t) for o, t in zip(out, found, strict=True)))
+        with torch.no_grad():
+            return Rank(*_into(out, reference.rank(base, aligned, token, vocab_size=width)))
     if out is None:
         values = torch.empty((3, rows), dtype=torch.float32, device=device)
         out = Rank(torch.empty(rows, dtype=torch.int32, device=device), *values.unbind(0))

@@ -191,6 +191,8 @@ def backup(
         embedding: [n, rows, embedding_dim] float32 or None; row j belongs to path[j], rows 0 and depth + 1 on are not read
     Returns: dropped [n] int32, path nodes that got no embedding because max_embeddings are in use. They keep their other
         statistics, take no part in similarity, and take the next embedding as their first. Grow the forest to avoid it.
+    Edge cases: a finite value may be too large to work with: in a float32 forest, values beyond about 1e38 may overflow a
+        mean or the min/max span to infinity.
     Raises: DeviceError, DtypeError, ShapeError, StrideError, RangeError.
     """
     n = _check_items(forest, tree_ids, depth=depth)

@@ -72,7 +72,7 @@ def normed(**call: Any) -> Any:
 
 _CLOSE = same_within({torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9})
 OPS = {
-    "edit_": FuzzOp(edit_call, edit, also_named=("table",), same=_CLOSE),
-    "add_edit_rmsnorm": FuzzOp(norm_call, normed, also_named=("table",), same=_CLOSE),
+    "edit_": FuzzOp(edit_call, edit, also_named=("table",), same=_CLOSE, derived=("gram",)),
+    "add_edit_rmsnorm": FuzzOp(norm_call, normed, also_named=("table",), same=_CLOSE, derived=("gram",)),
     "add_rmsnorm": FuzzOp(plain_norm_call, add_edit_rmsnorm, same=_CLOSE),
 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from rainkernels.errors import LaneError, RangeError
+from rainkernels.errors import DtypeError, LaneError, RangeError
 from rainkernels.ops._attention_items import ITEM, ItemTable, item_table, resolve_chunk
 from rainkernels.ops.attention import (
     AttentionBuffers,
@@ -189,10 +190,10 @@ def test_auto_chunk_follows_the_batch() -> None:
     assert resolve_chunk("auto", plan_of(Forest((), ())), tiles, 32, 8, 128) == 128
 
 
-@pytest.mark.parametrize("chunk", [0, -64, 100, 1 << 21, 64.0, "big", None])
+@pytest.mark.parametrize("chunk", [0, -64, 100, 1 << 21, "big", 64.0, True, np.int64(64)])
 def test_bad_chunk_is_refused(chunk: object) -> None:
     inputs = CASES[0].make(torch.float32)
-    with pytest.raises(RangeError, match="chunk"):
+    with pytest.raises(RangeError if type(chunk) in (int, str) else DtypeError, match="chunk"):
         tree_attention(inputs.q, inputs.k_pool, inputs.v_pool, inputs.plan(), chunk=chunk, **inputs.options)  # type: ignore[call-overload]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rainkernels import DeviceError, DtypeError, RangeError, ShapeError, StrideError, has_native
-from rainkernels.ops.logits import MixSample, MixStats, mix_sample, mix_sample_workspace
+from rainkernels.ops.logits import MixSample, MixStats, mix_sample, mix_sample_workspace, rank_workspace
 from rainkernels.reference import logits as reference
 from rainkernels.testing.cases_logits import CASES
 
@@ -91,9 +91,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"top_p": lambda t: t[:3]}, ShapeError, "top_p"),
     ({"min_p": lambda t: t.half()}, DtypeError, "min_p"),
     ({"plausibility": lambda t: t[:, None]}, ShapeError, "plausibility has rank 2"),
-    ({"plausibility_model": 2}, RangeError, "allowed are 0..1"),
-    ({"plausibility_model": -1}, RangeError, "allowed are 0..1"),
-    ({"plausibility_model": 1.0}, DtypeError, "plausibility_model must be an int"),
+    ({"plausibility_model": 2}, RangeError, "allowed: 0..1"),
+    ({"plausibility_model": -1}, RangeError, "allowed: 0..1"),
+    ({"plausibility_model": 1.0}, DtypeError, "plausibility_model must be a Python int"),
     ({"seed": lambda t: t.int()}, DtypeError, "seed"),
     ({"position": lambda t: t.float()}, DtypeError, "position"),
     ({"position": lambda t: t[:, None]}, ShapeError, r"position has shape \[4, 1\]"),
@@ -102,13 +102,14 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bias": lambda t: t.bfloat16()}, DtypeError, "bias"),
     ({"bias": lambda t: t.t().contiguous().t()}, StrideError, "bias"),
     ({"order": "p_k_min"}, RangeError, "'joint'"),
-    ({"vocab_size": VOCAB + 1}, RangeError, "allowed are 1..60"),
+    ({"vocab_size": VOCAB + 1}, RangeError, "allowed: 1..60"),
     ({"vocab_size": 0}, RangeError, "vocab_size is 0"),
-    ({"vocab_size": float(VOCAB)}, DtypeError, "vocab_size must be an int"),
+    ({"vocab_size": float(VOCAB)}, DtypeError, "vocab_size must be a Python int"),
     ({"out": (torch.zeros(ROWS),) * 3}, DtypeError, "out must be a MixSample"),
     ({"out": MixSample(torch.zeros(ROWS), torch.zeros(ROWS), torch.zeros(ROWS))}, DtypeError, "out.token"),
     ({"out": MixSample(torch.zeros(ROWS).int(), torch.zeros(3), torch.zeros(ROWS))}, ShapeError, "out.prob"),
     ({"out_stats": MixStats(*(torch.zeros(ROWS),) * 7), "stats": True}, ShapeError, "out_stats.logprob_models"),
+    ({"out_stats": MixStats(*(torch.zeros(ROWS),) * 7)}, DtypeError, "out_stats is given but stats"),
     ({"workspace": torch.zeros(8).half()}, DtypeError, "workspace"),
 ]  # fmt: skip
 
@@ -134,6 +135,32 @@ def test_writes_into_what_is_given(stats: bool, lane: str) -> None:
         for a, b, c in zip(results or (), into or (), wanted or (), strict=True):
             assert a.data_ptr() == b.data_ptr()
             assert torch.equal(a, c)
+
+
+def test_statistics_nobody_asked_for_are_refused_after_a_good_call_too(lane: str) -> None:
+    inputs = BY_ID["three-models"].make(torch.float32)
+    _, into = mix_sample(inputs.logits, inputs.weights, stats=True, **inputs.options)
+    mix_sample(inputs.logits, inputs.weights, stats=True, out_stats=into, **inputs.options)
+    with pytest.raises(DtypeError, match="out_stats"):
+        mix_sample(inputs.logits, inputs.weights, out_stats=into, **inputs.options)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "name"),
+    [
+        (("a", 2, 100), DtypeError, "batch"), ((-1, 2, 100), RangeError, "batch"), ((4, 99, 100), RangeError, "num_models"),
+        ((4, 0, 100), RangeError, "num_models"), ((4, 2.0, 100), DtypeError, "num_models"),
+        ((4, 2, 0), RangeError, "vocab_size"), ((4, 2, True), DtypeError, "vocab_size"),
+    ],
+)  # fmt: skip
+def test_bad_workspace_sizes_are_named(
+    sizes: tuple[Any, Any, Any], error: type[Exception], name: str, lane: str
+) -> None:
+    with pytest.raises(error, match=name):
+        mix_sample_workspace(*sizes, "cpu")
+    if name != "num_models":
+        with pytest.raises(error, match=name):
+            rank_workspace(sizes[0], sizes[2], "cpu")
 
 
 def test_logits_and_bias_may_overlap_and_repeat(lane: str) -> None:

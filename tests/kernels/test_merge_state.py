@@ -52,6 +52,22 @@ def test_merge_state_with_empty_sides(lane: str) -> None:
     assert torch.equal(lse, lse_a)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_hides_a_nan(dtype: torch.dtype, lane: str) -> None:
+    """Every pair of odd log-sum-exps, over finite values and NaN ones: NaN where the definition has NaN, nowhere else."""
+    odd = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, 3.0, -1.0, -150.0])
+    lse_a, lse_b = odd.repeat_interleave(7)[:, None].contiguous(), odd.repeat(7)[:, None].contiguous()
+    for v_a, v_b in ((1.0, 2.0), (float("nan"), 2.0), (1.0, float("nan")), (float("inf"), 2.0)):
+        pair = torch.full((49, 1, 3), v_a, dtype=dtype), torch.full((49, 1, 3), v_b, dtype=dtype)
+        merged = merge_state(pair[0], lse_a, pair[1], lse_b)
+        wanted = reference.merge_state(pair[0], lse_a, pair[1], lse_b)
+        torch.testing.assert_close(merged.v, wanted[0], equal_nan=True)
+        torch.testing.assert_close(merged.lse, wanted[1], equal_nan=True)
+    broken = torch.isnan(lse_a) | torch.isnan(lse_b) | (lse_a == torch.inf) | (lse_b == torch.inf)
+    finite = torch.ones(49, 1, 3, dtype=dtype)
+    assert torch.equal(torch.isnan(merge_state(finite, lse_a, finite, lse_b).v).all(-1), broken)
+
+
 def test_merge_state_of_halves_is_the_whole(lane: str) -> None:
     whole = AttentionCase("whole", chain(100, 1), 4, 2, 32, scattered=False).make(torch.float32)
     halves: list[Tensor] = []

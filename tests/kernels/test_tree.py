@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -499,6 +501,61 @@ def test_one_bad_item_stops_the_whole_call() -> None:
     with pytest.raises(RangeError, match="item 1"):
         tree.expand(forest, ints([0, 1]), ints([0, 0]), p, ints([2, 2]), ints([1, 1]))
     assert forest.free_rows().tolist() == [4, 4]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_rows": "4"}, {"max_rows": 4.5}, {"max_depth": True}, {"embedding_dim": None}, {"c_puct": None}, {"c_puct": True},
+        {"dynamic_value": np.float32(1)}, {"root_prior_mix": torch.tensor(0.5)}, {"dynamic_children": 1}, {"similarity": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_config_names_the_field_of_a_wrong_type(change: dict[str, object]) -> None:
+    with pytest.raises(DtypeError, match=next(iter(change))):
+        tree.TreeConfig(**change)  # type: ignore[arg-type]
+
+
+def test_config_of_numbers_that_are_none_is_refused() -> None:
+    good = tree.TreeConfig().as_floats()
+    assert tree.TreeConfig.from_floats(good) == tree.TreeConfig()
+    with pytest.raises(ShapeError, match="config has 12 numbers"):
+        tree.TreeConfig.from_floats(good[:-1])
+    for at, value, name in (
+        (0, 4.5, "max_rows"),
+        (0, float("nan"), "max_rows"),
+        (5, "a", "c_puct"),
+        (12, 2.0, "similarity"),
+    ):
+        with pytest.raises(DtypeError, match=name):
+            tree.TreeConfig.from_floats([*good[:at], value, *good[at + 1 :]])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"max_rows": "7"}, DtypeError), ({"max_rows": 7.5}, DtypeError), ({"num_trees": True}, DtypeError),
+        ({"max_embeddings": 1e9}, DtypeError), ({"max_rows": 0}, RangeError), ({"num_trees": 0}, RangeError),
+        ({"max_depth": 2**17}, RangeError),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_growth_is_named(change: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(change))):
+        small_forest().grown(**change)
+
+
+def test_bad_new_forest_is_named() -> None:
+    config = small_forest().config
+    for num_trees in (True, 1.0, "2", None, np.int64(2)):
+        with pytest.raises(DtypeError, match="num_trees"):
+            tree.Forest.create(num_trees, config)  # type: ignore[arg-type]
+    with pytest.raises(RangeError, match="num_trees"):
+        tree.Forest.create(0, config)
+    with pytest.raises(DtypeError, match="config"):
+        tree.Forest.create(1, {"max_rows": 4})  # type: ignore[arg-type]
+    with pytest.raises(RangeError, match="name is 'visit'"):
+        small_forest().field("visit")
 
 
 @pytest.mark.parametrize(

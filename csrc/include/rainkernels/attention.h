@@ -91,14 +91,16 @@ static inline int64_t part_floats(int64_t m, int head_dim_v) {
   return m * (round_up_16(head_dim_v) + 2);
 }
 
-// Weights of two partials in the merge: w_a + w_b = 1 unless both are empty.
+// Weights of two partials in the merge: w_a + w_b = 1 unless both are empty, NaN where an lse is NaN or +inf.
 struct MergeWeights {
   float a, b, lse;
 };
 
 RK_LOCAL MergeWeights merge_weights(float lse_a, float lse_b) {
+  if (lse_a == -INFINITY && lse_b == -INFINITY) return {0.0f, 0.0f, -INFINITY};
   const float top = lse_a > lse_b ? lse_a : lse_b;
-  if (top == -INFINITY) return {0.0f, 0.0f, -INFINITY};
+  // inf - inf below would turn the lse into NaN; a NaN on either side passes through by itself.
+  if (top == INFINITY && lse_a == lse_a && lse_b == lse_b) return {NAN, NAN, INFINITY};
   const float a = expf(lse_a - top), b = expf(lse_b - top), sum = a + b;
   return {a / sum, b / sum, top + logf(sum)};
 }
