@@ -5,8 +5,11 @@ Run as `TRITON_INTERPRET=1 python -m pytest tests/interpreter/test_attention.py`
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,6 +261,29 @@ def test_a_plan_that_does_not_fit_is_refused(name: str) -> None:
     with pytest.raises(RangeError, match=rf"{name} >= \d+, the buffers have 3"):
         buffers.load(some_plan())
     assert buffers.plan is small
+
+
+def test_load_records_on_the_device_of_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another device current, the event would guard nothing and the next load could overwrite the staging memory."""
+    current: list[object] = []
+    seen: list[object] = []
+
+    @contextlib.contextmanager
+    def place(device: object) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    buffers = make_buffers()
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device", place)
+    monkeypatch.setattr(AttentionBuffers, "device", property(lambda self: second))
+    buffers._copied = SimpleNamespace(  # type: ignore[assignment]
+        synchronize=lambda: None, record=lambda: seen.extend([*current, int(buffers.table[0])])
+    )
+    buffers.load(some_plan())
+    assert seen == [second, 6]  # recorded there, after the copy: the table's first word is the number of rows
+    assert not current
 
 
 def test_bad_buffers_and_calls_are_refused() -> None:
