@@ -118,7 +118,8 @@ def _gpu_note(record: Row | None, parts: Row) -> str:
         f"{facts.get('device')}, torch {facts.get('torch')}, triton {facts.get('triton')}, commit {facts.get('commit')}"
     )
     failed = f" Parts that failed: {', '.join(record['failed'])}." if record["failed"] else ""
-    return f"**On a GPU** ({where}, {record['utc'][:10]}, `python benchmarks/gpu_acceptance.py`).{failed}\n\n"
+    skipped = f" Parts that were skipped: {', '.join(record['skipped'])}." if record.get("skipped") else ""
+    return f"**On a GPU** ({where}, {record['utc'][:10]}, `python benchmarks/gpu_acceptance.py`).{failed}{skipped}\n\n"
 
 
 def _part_rows(parts: Row, name: str) -> list[Row]:

@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import readme_tables  # noqa: E402
-from acceptance import summary  # noqa: E402
+from acceptance import environment, runner, summary  # noqa: E402
 from acceptance.build import spills  # noqa: E402
 from acceptance.runner import Part, run_part  # noqa: E402
 from acceptance.summary import goals  # noqa: E402
 from bench_kernels import FAMILIES  # noqa: E402
 from decode_step import Wall  # noqa: E402
+from gpu_acceptance import outcome  # noqa: E402
 from kernel_bench.bench import OURS, Bench, Settings, Verdict, run_bench  # noqa: E402
 from kernel_bench.machine import Ceilings  # noqa: E402
 from kernel_bench.measure import CpuTimer, CudaTimer, alternate, paired_ratio, quartiles, rounded  # noqa: E402
@@ -316,6 +317,30 @@ def test_part_that_hangs_keeps_what_it_had_found(tmp_path: Path) -> None:
     child = found["result"]["pid"]
     state = Path(f"/proc/{child}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_a_program_of_the_toolkit_is_found_off_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found where the record of the machine finds it, and started from there."""
+    program = tmp_path / "compute-sanitizer-x"
+    program.write_text("#!/bin/sh\necho 2.0\n")
+    program.chmod(0o755)
+    wanted = part("", command=(program.name,), needs=program.name)
+    assert environment.last_line([program.name, "--version"]) is None
+    skipped = run_part(wanted, 60, tmp_path)
+    assert (skipped["status"], program.name in skipped["reason"]) == ("skipped", True)
+    monkeypatch.setattr(runner, "_CUDA_PROGRAMS", str(tmp_path))
+    assert environment.last_line([program.name, "--version"]) == "2.0"
+    found = run_part(wanted, 60, tmp_path)
+    assert (found["status"], found["tail"]) == ("ok", "2.0\n")
+
+
+def test_the_last_line_says_what_was_skipped() -> None:
+    record = {"parts": {"sanitizer": {"reason": "compute-sanitizer is missing"}}, "failed": [], "skipped": []}
+    assert outcome(record) == "every part went well"
+    record["skipped"] = ["sanitizer"]
+    said = "skipped: sanitizer (compute-sanitizer is missing)"
+    assert outcome(record) == f"every part that ran went well; {said}"
+    assert outcome(record | {"failed": ["tests"]}) == f"failed: tests; {said}"
 
 
 def test_part_without_its_program_or_time(tmp_path: Path) -> None:
