@@ -105,7 +105,8 @@ def run(parts: list[Part], arguments: argparse.Namespace) -> dict[str, Any]:
             _write(arguments.out, record)
     for goal in record["goals"]:
         state = {None: "not measured", True: "met", False: "MISSED"}[goal["met"]]
-        value = "" if goal["measured"] is None else f": {goal['measured']:.3g}"
+        value = f": {goal['note']}" if "note" in goal else ""
+        value = value if goal["measured"] is None else f": {goal['measured']:.3g}"
         print(f"  {state:12} {goal['name']} ({goal['goal']}){value}")
     return record
 
