@@ -30,6 +30,7 @@ from bench_kernels import FAMILIES  # noqa: E402
 from decode_step import OURS as OURS_STEP  # noqa: E402
 from decode_step import OURS_GRAPH, STOCK, STOCK_GRAPH, Wall, ratios  # noqa: E402
 from gpu_acceptance import outcome  # noqa: E402
+from kernel_bench import attention  # noqa: E402
 from kernel_bench.bench import OURS, Bench, Settings, Verdict, run_bench  # noqa: E402
 from kernel_bench.machine import Ceilings  # noqa: E402
 from kernel_bench.measure import CpuTimer, CudaTimer, alternate, paired_ratio, quartiles, rounded  # noqa: E402
@@ -317,6 +318,16 @@ def test_attention_is_timed_over_static_memory() -> None:
     )
     done = script("-c", code, RAINKERNELS_LANE="triton", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_attention_is_captured_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    for case in attention.TINY:
+        with torch.inference_mode():
+            prepared = CudaTimer(device).prepare([attention.ours(case.make(device))])
+        assert (prepared.timer, prepared.capture_error) == ("graph", None)
 
 
 def test_the_captured_step_attends_over_static_memory(monkeypatch: pytest.MonkeyPatch) -> None:
