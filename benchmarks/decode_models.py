@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from kernel_bench.static import loaded_buffers
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
@@ -86,15 +88,20 @@ class ForestStep:
         """Logits [branches, vocabulary] through the engine's runner."""
         return self.runner.forward(batch, range(self.branches))
 
-    def direct(self, batch: TokenBatch) -> Tensor:
-        """The same forward from tensors that stay where they are: what a CUDA graph can hold."""
-        context = TreeContext(self.runner.pool, batch.slot_mapping, batch.plan)
-        out = self.model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, tree=context,
-            logits_to_keep=self.keep,
-        )  # fmt: skip
-        logits: Tensor = out.logits[0]
-        return logits
+    def fixed(self, batch: TokenBatch) -> Callable[[], Tensor]:
+        """The same forward from tensors that stay where they are, the plan's tables too: what a CUDA graph can hold."""
+        buffers = loaded_buffers(batch.plan, self.model.config.num_attention_heads, *self.runner.pool.layers[0])
+        context = TreeContext(self.runner.pool, batch.slot_mapping, batch.plan, buffers=buffers)
+
+        def forward() -> Tensor:
+            out = self.model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, tree=context,
+                logits_to_keep=self.keep,
+            )  # fmt: skip
+            logits: Tensor = out.logits[0]
+            return logits
+
+        return forward
 
 
 class StockStep:

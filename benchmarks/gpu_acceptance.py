@@ -6,7 +6,8 @@
 From a plain checkout with the packages CONTRIBUTING.md lists; installs and downloads nothing. Parts run one after the other,
 each in a process of its own and within its time; a part that fails, crashes or hangs is recorded with the end of its output,
 and the next one runs. The file is written anew after every part. FILE is $OUT/gpu_acceptance.json, or ./gpu_acceptance.json
-where OUT is not set. Exit code: 0 all parts went well, 1 some did not (the JSON and the last line say which), 2 no GPU.
+where OUT is not set. Exit code: 0 no part failed, 1 some did, 2 no GPU. The JSON and the last line say which failed, and which
+were skipped because their program is missing.
 """
 
 from __future__ import annotations
@@ -51,11 +52,17 @@ def main(argv: list[str] | None = None) -> int:
         print(problem)
         return 2
     record = run(parts, arguments)
-    print(
-        f"{arguments.out}: "
-        + (f"failed: {', '.join(record['failed'])}" if record["failed"] else "every part went well")
-    )
+    print(f"{arguments.out}: {outcome(record)}")
     return 1 if record["failed"] else 0
+
+
+def outcome(record: dict[str, Any]) -> str:
+    """The run in one line; a part that was skipped has not gone well."""
+    failed = f"failed: {', '.join(record['failed'])}" if record["failed"] else ""
+    skipped = "; ".join(f"{name} ({record['parts'][name]['reason']})" for name in record["skipped"])
+    if not skipped:
+        return failed or "every part went well"
+    return f"{failed or 'every part that ran went well'}; skipped: {skipped}"
 
 
 def no_gpu() -> str | None:
@@ -98,7 +105,8 @@ def run(parts: list[Part], arguments: argparse.Namespace) -> dict[str, Any]:
             _write(arguments.out, record)
     for goal in record["goals"]:
         state = {None: "not measured", True: "met", False: "MISSED"}[goal["met"]]
-        value = "" if goal["measured"] is None else f": {goal['measured']:.3g}"
+        value = f": {goal['note']}" if "note" in goal else ""
+        value = value if goal["measured"] is None else f": {goal['measured']:.3g}"
         print(f"  {state:12} {goal['name']} ({goal['goal']}){value}")
     return record
 

@@ -54,6 +54,8 @@ def _measured(row: Row) -> str:
     """Median, and the rate that says most about the op."""
     median = row["times"][_OURS]["median_us"]
     shown = microseconds(median)
+    if row["times"][_OURS].get("timer") == "events":  # on a GPU where the call could not be captured
+        shown += " in plain calls"
     if row["op"] == "tree search":
         return f"{shown}, {1e6 / median:,.0f} iterations/s"
     if row.get("flops"):
@@ -118,7 +120,8 @@ def _gpu_note(record: Row | None, parts: Row) -> str:
         f"{facts.get('device')}, torch {facts.get('torch')}, triton {facts.get('triton')}, commit {facts.get('commit')}"
     )
     failed = f" Parts that failed: {', '.join(record['failed'])}." if record["failed"] else ""
-    return f"**On a GPU** ({where}, {record['utc'][:10]}, `python benchmarks/gpu_acceptance.py`).{failed}\n\n"
+    skipped = f" Parts that were skipped: {', '.join(record['skipped'])}." if record.get("skipped") else ""
+    return f"**On a GPU** ({where}, {record['utc'][:10]}, `python benchmarks/gpu_acceptance.py`).{failed}{skipped}\n\n"
 
 
 def _part_rows(parts: Row, name: str) -> list[Row]:
@@ -144,6 +147,14 @@ def _step_cells(found: list[Row]) -> list[str]:
     label = "engine, CUDA graph" if "engine, CUDA graph" in row["times"] else "engine"
     ours = row["times"][label]
     against = ", ".join(
-        f"{_times(each['median'])} {name.removesuffix(f' / {label}')}" for name, each in row["ratio"].items()
+        f"{_times(each['median'])} {_step_name(row, name.removesuffix(f' / {label}'))}"
+        for name, each in row["ratio"].items()
+        if name.endswith(f" / {label}")
     )
-    return [f"{ours['median_us'] / 1e3:.2f} ms", f"{ours['share_of_floor']:.2f}", against or "-"]
+    plain = "" if label == "engine, CUDA graph" else " in plain calls"
+    return [f"{ours['median_us'] / 1e3:.2f} ms{plain}", f"{ours['share_of_floor']:.2f}", against or "-"]
+
+
+def _step_name(row: Row, label: str) -> str:
+    """A contender that launches its kernels one by one is called so."""
+    return f"{label} in plain calls" if row["times"].get(label, {}).get("timer") == "eager" else label

@@ -20,17 +20,24 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import decode_models  # noqa: E402
 import readme_tables  # noqa: E402
-from acceptance import summary  # noqa: E402
+from acceptance import environment, runner, summary  # noqa: E402
 from acceptance.build import spills  # noqa: E402
 from acceptance.runner import Part, run_part  # noqa: E402
 from acceptance.summary import goals  # noqa: E402
 from bench_kernels import FAMILIES  # noqa: E402
-from decode_step import Wall  # noqa: E402
+from decode_step import OURS as OURS_STEP  # noqa: E402
+from decode_step import OURS_GRAPH, STOCK, STOCK_GRAPH, Wall, ratios  # noqa: E402
+from gpu_acceptance import outcome  # noqa: E402
+from kernel_bench import attention  # noqa: E402
 from kernel_bench.bench import OURS, Bench, Settings, Verdict, run_bench  # noqa: E402
 from kernel_bench.machine import Ceilings  # noqa: E402
 from kernel_bench.measure import CpuTimer, CudaTimer, alternate, paired_ratio, quartiles, rounded  # noqa: E402
+from kernel_bench.report import plain_calls  # noqa: E402
 from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu  # noqa: E402
+
+from rainkernels.ops.attention import tree_attention  # noqa: E402
 
 CEILINGS = Ceilings(1e10, 2e10, {"float32": 1e11})
 
@@ -169,22 +176,44 @@ class FakeCuda:
     def __init__(self, patch: pytest.MonkeyPatch, capture_fails: bool = False) -> None:
         self.calls = self.replays = 0
         self.capture_fails = capture_fails
-        nothing = SimpleNamespace(wait_stream=lambda other: None)
+        self.capturing = False
+        self.streams = [self.stream()]  # the current one last
         for name, value in {
-            "Stream": lambda device: nothing, "current_stream": lambda device: nothing, "synchronize": lambda device: None,
-            "stream": lambda stream: contextlib.nullcontext(), "graph": self.capture, "CUDAGraph": lambda: self,
-            "Event": lambda enable_timing: FakeEvent(self),
+            "Stream": self.stream, "current_stream": lambda device: self.streams[-1], "synchronize": lambda device: None,
+            "stream": self.use, "graph": self.capture, "CUDAGraph": lambda: self, "Event": lambda enable_timing: FakeEvent(self),
         }.items():  # fmt: skip
             patch.setattr(torch.cuda, name, value)
 
+    def stream(self, device: object = None) -> SimpleNamespace:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
     @contextlib.contextmanager
-    def capture(self, graph: FakeCuda) -> Iterator[None]:
+    def use(self, stream: SimpleNamespace) -> Iterator[None]:
+        self.streams.append(stream)
         yield
+        self.streams.pop()
+
+    @contextlib.contextmanager
+    def capture(self, graph: FakeCuda, stream: SimpleNamespace | None = None) -> Iterator[None]:
+        self.capturing = True
+        try:
+            with self.use(stream or self.stream()):  # torch's own is none of the caller's
+                yield
+        finally:
+            self.capturing = False
         if self.capture_fails:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     def run(self) -> None:
         self.calls += 1
+
+    def run_with_table(self) -> None:
+        """Like an op that copies a table to the device the first time it runs on a stream."""
+        if not hasattr(self.streams[-1], "table"):
+            if self.capturing:
+                raise RuntimeError("copy from pageable memory while capturing")
+            self.streams[-1].table = True
+        self.run()
 
     def replay(self) -> None:
         self.replays += 1
@@ -219,6 +248,119 @@ def test_cuda_timer(monkeypatch: pytest.MonkeyPatch, capture_fails: bool) -> Non
     else:
         assert prepared.eager is not None
         assert prepared.eager() == pytest.approx(1000.0)
+
+
+def test_a_capture_runs_where_the_warm_up_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another stream, what a call keeps for each stream would be made while capturing, which is refused."""
+    cuda = FakeCuda(monkeypatch)
+    prepared = CudaTimer(torch.device("cuda")).prepare([cuda.run_with_table] * 2)
+    assert (prepared.timer, prepared.capture_error) == ("graph", None)
+    wall = Wall(torch.device("cuda")).graph(cuda.run_with_table, before=lambda: None)
+    assert wall.timer == "graph"
+
+
+def test_plain_calls_are_not_compared_with_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who could not be captured is named with the reason, and has no ratio; alike ones still have theirs."""
+    cuda = FakeCuda(monkeypatch)
+
+    def uncapturable() -> torch.Tensor:
+        if cuda.capturing:
+            raise RuntimeError("no copies\nhere")
+        return good()
+
+    good = bench().builders["other"]()[0]
+    reason = "not captured, timed by plain calls: RuntimeError: no copies"
+
+    def timed(**runs: Any) -> dict[str, Any]:
+        case = bench(builders={label: lambda run=run: [run] for label, run in runs.items()}, notes={"rows": 1})
+        patched = patch_elapsed(cuda, monkeypatch)
+        return run_bench(case, Settings(torch.device("cpu"), repeats=3), patched, CEILINGS)
+
+    row = timed(**{OURS: uncapturable, "graph": good, "plain": uncapturable})
+    assert {label: times["timer"] for label, times in row["times"].items()} == {
+        OURS: "events", "graph": "graph", "plain": "events"
+    }  # fmt: skip
+    assert row["failed"] == {OURS: reason, "plain": reason}
+    assert set(row["ratio"]) == {"plain"}
+    assert row["notes"] == {"rows": 1, "plain_calls": [OURS, "plain"], "not_compared": ["graph"]}
+    assert row["times"][OURS]["capture_error"] == "RuntimeError: no copies"
+    assert summary._share(row) is None
+    assert summary._note(row) == "ours not captured: RuntimeError: no copies"
+    assert plain_calls(row) == " (plain calls)"
+    row = timed(**{OURS: good, "graph": good, "plain": uncapturable})
+    assert set(row["ratio"]) == {"graph"}
+    assert row["notes"] == {"rows": 1, "plain_calls": ["plain"], "not_compared": ["plain"]}
+    assert summary._share(row) is not None
+    row = timed(**{OURS: good, "graph": good})
+    assert (row["notes"], row["failed"]) == ({"rows": 1}, {})
+
+
+def patch_elapsed(cuda: FakeCuda, patch: pytest.MonkeyPatch) -> CudaTimer:
+    """A timer for runs that the fake does not count."""
+    patch.setattr(FakeEvent, "elapsed_time", lambda self, end: 1.0)
+    return CudaTimer(torch.device("cuda"))
+
+
+def test_attention_is_timed_over_static_memory() -> None:
+    """On the Triton lane, here in its interpreter: the tables a capture reads lie still, and the values are right."""
+    pytest.importorskip("triton")
+    code = (
+        "import sys; sys.path.insert(0, 'benchmarks')\n"
+        "import torch\n"
+        "from kernel_bench import attention\n"
+        "from rainkernels.ops import _attention_items as items\n"
+        "def refuse(*_): raise AssertionError('a table was copied for a stream')\n"
+        "items.ItemTable.on = refuse\n"
+        "for case in attention.TINY:\n"
+        "    i = case.make(torch.device('cpu'))\n"
+        "    verdict = attention.Reference(i)('ours', attention.ours(i))\n"
+        "    assert verdict.ok, verdict\n"
+    )
+    done = script("-c", code, RAINKERNELS_LANE="triton", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_attention_is_captured_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    for case in attention.TINY:
+        with torch.inference_mode():
+            prepared = CudaTimer(device).prepare([attention.ours(case.make(device))])
+        assert (prepared.timer, prepared.capture_error) == ("graph", None)
+
+
+def test_the_captured_step_attends_over_static_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer is given the buffers that were loaded before; without them (on a CPU) the values are the engine's."""
+    model = decode_models.build_model("tiny", torch.device("cpu"), torch.float32)
+    step = decode_models.ForestStep(model, 12, 3, 2)
+    step.select()
+    batch = step.new_batch()
+    with torch.inference_mode():
+        torch.testing.assert_close(step.fixed(batch)(), step.forward(batch))
+    loaded, given = object(), []
+
+    def attend(*tensors: Any, buffers: object = None, **options: Any) -> torch.Tensor:
+        given.append(buffers)
+        return tree_attention(*tensors, **options)
+
+    monkeypatch.setattr(decode_models, "loaded_buffers", lambda *_: loaded)
+    monkeypatch.setattr("raindecode.engine.attention.tree_attention", attend)
+    with torch.inference_mode():
+        step.fixed(batch)()
+    assert given == [loaded] * step.layers
+
+
+def test_a_step_without_its_graph_is_compared_with_plain_steps_only() -> None:
+    samples = {label: [1.0, 1.0] for label in (OURS_STEP, OURS_GRAPH, STOCK, STOCK_GRAPH)}
+    found, apart = ratios(samples)
+    assert set(found) == {
+        f"{OURS_STEP} / {OURS_GRAPH}", f"{STOCK} / {OURS_GRAPH}", f"{STOCK_GRAPH} / {OURS_GRAPH}", f"{STOCK} / {OURS_STEP}"
+    }  # fmt: skip
+    assert apart == []
+    del samples[OURS_GRAPH]
+    found, apart = ratios(samples)
+    assert (set(found), apart) == ({f"{STOCK} / {OURS_STEP}"}, [STOCK_GRAPH])
 
 
 def test_host_contenders_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +460,30 @@ def test_part_that_hangs_keeps_what_it_had_found(tmp_path: Path) -> None:
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
+def test_a_program_of_the_toolkit_is_found_off_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found where the record of the machine finds it, and started from there."""
+    program = tmp_path / "compute-sanitizer-x"
+    program.write_text("#!/bin/sh\necho 2.0\n")
+    program.chmod(0o755)
+    wanted = part("", command=(program.name,), needs=program.name)
+    assert environment.last_line([program.name, "--version"]) is None
+    skipped = run_part(wanted, 60, tmp_path)
+    assert (skipped["status"], program.name in skipped["reason"]) == ("skipped", True)
+    monkeypatch.setattr(runner, "_CUDA_PROGRAMS", str(tmp_path))
+    assert environment.last_line([program.name, "--version"]) == "2.0"
+    found = run_part(wanted, 60, tmp_path)
+    assert (found["status"], found["tail"]) == ("ok", "2.0\n")
+
+
+def test_the_last_line_says_what_was_skipped() -> None:
+    record = {"parts": {"sanitizer": {"reason": "compute-sanitizer is missing"}}, "failed": [], "skipped": []}
+    assert outcome(record) == "every part went well"
+    record["skipped"] = ["sanitizer"]
+    said = "skipped: sanitizer (compute-sanitizer is missing)"
+    assert outcome(record) == f"every part that ran went well; {said}"
+    assert outcome(record | {"failed": ["tests"]}) == f"failed: tests; {said}"
+
+
 def test_part_without_its_program_or_time(tmp_path: Path) -> None:
     assert run_part(part("", needs="no-such-program"), 60, tmp_path)["status"] == "skipped"
     assert run_part(part("raise SystemExit(0)"), 1.0, tmp_path)["reason"] == "no time was left for it"
@@ -383,6 +549,25 @@ def test_goals() -> None:
     added = found["edits, fused, own slots: share added to a 7B decode step of 40 rows"]
     assert added["measured"] == pytest.approx(32 * 2.0 / 8e3)
     assert added["met"] is True
+    assert "note" not in added
+
+
+def test_a_share_of_an_uncaptured_step_is_no_measurement() -> None:
+    """The plain step takes longer: the edits' share of it would look smaller than it is."""
+    parts = acceptance()["parts"]
+    step = parts["decode_step"]["result"]["rows"][0]
+    del step["times"]["engine, CUDA graph"]
+    step |= {"failed": {"engine, CUDA graph": "RuntimeError: no"}, "ratio": {"stock / engine": {"median": 5.5}}}
+    share = "edits, fused, own slots: share added to a 7B decode step of 40 rows"
+    found = {goal["name"]: goal for goal in goals(parts)}[share]
+    assert (found["measured"], found["met"]) == (None, None)
+    assert found["note"] == "the step was not captured: RuntimeError: no"
+    assert "9.00 ms in plain calls | 0.40 | 5.5x stock |" in gpu(acceptance() | {"parts": parts})
+    row = parts["kernels"]["result"]["rows"][1]
+    row["times"][OURS] |= {"timer": "events", "capture_error": "RuntimeError: why"}
+    found = {goal["name"]: goal for goal in goals(parts)}[share]
+    assert (found["measured"], found["note"]) == (None, "ours not captured: RuntimeError: why")
+    assert "6.0 us in plain calls" in gpu(acceptance() | {"parts": parts})
 
 
 def test_gpu_table(tmp_path: Path) -> None:

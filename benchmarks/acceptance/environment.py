@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python"), str(ROOT / "benchmarks")]
 import torch  # noqa: E402
 from kernel_bench.machine import facts, measure_ceilings, package_version  # noqa: E402
 from kernel_bench.measure import rounded  # noqa: E402
+
+from acceptance.runner import find_program  # noqa: E402
 
 _QUERY = (
     "name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.mem", "clocks.max.sm", "pstate",
@@ -68,7 +69,7 @@ def nvidia_smi() -> dict[str, str] | str:
 
 def last_line(command: list[str], *, first: bool = False) -> str | None:
     """One line of what a program prints; None when it is missing or fails."""
-    path = shutil.which(command[0]) or shutil.which(command[0], path="/usr/local/cuda/bin")
+    path = find_program(command[0])
     if path is None:
         return None
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+_CUDA_PROGRAMS = "/usr/local/cuda/bin"  # where the toolkit puts its own, often not on PATH
 _TAIL = 6000  # characters of output kept for each part
 
 
@@ -36,16 +37,24 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def find_program(name: str) -> str | None:
+    """Path of a program on PATH or of the CUDA toolkit; None when it is in neither place."""
+    return shutil.which(name) or shutil.which(name, path=_CUDA_PROGRAMS)
+
+
 def run_part(part: Part, limit_s: float, folder: Path) -> dict[str, Any]:
     """What a part did: rc, seconds, the tail of its output, and its findings, also those of a part that was stopped."""
     shown = " ".join(Path(word).name if word == sys.executable else word for word in part.command)
     record: dict[str, Any] = {"command": shown, "budget_s": part.budget_s, "limit_s": round(limit_s, 1)}
-    if part.needs and shutil.which(part.needs) is None:
-        return record | {"status": "skipped", "reason": f"{part.needs} is not on PATH"}
+    needed = find_program(part.needs) if part.needs else None
+    if part.needs and needed is None:
+        return record | {"status": "skipped", "reason": f"{part.needs} is neither on PATH nor in {_CUDA_PROGRAMS}"}
     if limit_s < 5:
         return record | {"status": "failed", "reason": "no time was left for it"}
     result, log = folder / f"{part.name}.result", folder / f"{part.name}.log"
     command = [word.replace("{result}", str(result)) for word in part.command]
+    if needed is not None and command[0] == part.needs:
+        command[0] = needed
     begin = time.monotonic()
     with log.open("wb") as output:
         try:

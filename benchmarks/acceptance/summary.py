@@ -1,10 +1,14 @@
-"""The project's GPU goals, each with what was measured and whether it was met; None where nothing was measured."""
+"""The project's GPU goals, each with what was measured and whether it was met; None where nothing was measured.
+
+Plain calls are no measure of a kernel or a step that should have been captured: such a goal has a note instead.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-_OURS = "ours"
+_OURS, _STEP = "ours", "engine, CUDA graph"
+_ALONE = "add + RMSNorm alone, same lane"
 _LAYERS_7B = 32
 _STEP_ROWS, _STEP_PREFIX = 40, 4096
 
@@ -15,19 +19,22 @@ def goals(parts: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for branches in (40, 160):
         row = _find(rows, "attention", f"{branches} x 32 over 4096, 32/8 heads, D 128, bfloat16")
-        found.append(_at_least(f"attention, {branches} branches over 4k: share of the floor", 0.6, _share(row)))
+        found.append(
+            _at_least(f"attention, {branches} branches over 4k: share of the floor", 0.6, _share(row), _note(row))
+        )
         for label in ("two-part flash", "FlashInfer cascade"):
             slower = None if row is None else row.get("ratio", {}).get(label, {}).get("median")
-            found.append(_at_least(f"attention, {branches} branches over 4k: time of {label} over ours", 1.0, slower))
+            name = f"attention, {branches} branches over 4k: time of {label} over ours"
+            found.append(_at_least(name, 1.0, slower, _note(row, label)))
     mix = _find(rows, "mix_sample", "mix 2 models, top-k 50, top-p 0.95, 64 x 128,256")
-    found.append(_at_least("mix_sample, 64 x 128,256, top-k 50: share of the floor", 0.7, _share(mix)))
-    step = _step_us(_rows(parts, "decode_step"))
+    found.append(_at_least("mix_sample, 64 x 128,256, top-k 50: share of the floor", 0.7, _share(mix), _note(mix)))
+    step, why = _step_us(_rows(parts, "decode_step"))
     for own, where in ((False, "one slot"), (True, "own slots")):
         for fused, limit in ((True, 0.01), (False, 0.04)):
-            added = _edit_us(rows, fused=fused, own=own)
+            added, reason = _edit_us(rows, fused=fused, own=own)
             share = None if added is None or step is None else added * _LAYERS_7B / step
             name = f"edits, {'fused' if fused else 'in place'}, {where}: share added to a 7B decode step of 40 rows"
-            found.append(_at_most(name, limit, share))
+            found.append(_at_most(name, limit, share, reason or why))
     return found
 
 
@@ -42,37 +49,59 @@ def _find(rows: list[dict[str, Any]], op: str, case: str) -> dict[str, Any] | No
 
 def _share(row: dict[str, Any] | None) -> float | None:
     """Of the fixed H200 floor where there is one, else of the one measured in the same run."""
-    return None if row is None else row.get("share_of_h200_floor", row.get("share_of_floor"))
+    if row is None or _note(row):
+        return None
+    share: float | None = row.get("share_of_h200_floor", row.get("share_of_floor"))
+    return share
 
 
-def _edit_us(rows: list[dict[str, Any]], *, fused: bool, own: bool) -> float | None:
-    """Microseconds one layer's edit adds: over add + RMSNorm alone when fused, all of it in place."""
+def _note(row: dict[str, Any] | None, *others: str) -> str | None:
+    """Which of ours and `others` could not be captured, and why; None where all were."""
+    times = {} if row is None else row["times"]
+    for label in (_OURS, *others):
+        if times.get(label, {}).get("timer") == "events":
+            return f"{label} not captured: {times[label].get('capture_error', 'no reason was kept')}"
+    return None
+
+
+def _edit_us(rows: list[dict[str, Any]], *, fused: bool, own: bool) -> tuple[float | None, str | None]:
+    """Microseconds one layer's edit adds, over add + RMSNorm alone when fused, all of it in place; or why not known."""
     for row in rows:
         notes = row.get("notes", {})
         if row["op"] != "edits" or notes.get("rows") != _STEP_ROWS:
             continue
         if notes.get("fused") is fused and notes.get("own_slots") is own:
+            without = () if not fused else (_ALONE,)
+            if reason := _note(row, *without):
+                return None, reason
             taken = float(row["times"][_OURS]["median_us"])
-            alone = row["times"].get("add + RMSNorm alone, same lane", {}).get("median_us")
+            alone = row["times"].get(_ALONE, {}).get("median_us")
             if not fused:
-                return taken
-            return None if alone is None else max(0.0, taken - float(alone))
-    return None
+                return taken, None
+            return (None if alone is None else max(0.0, taken - float(alone))), None
+    return None, None
 
 
-def _step_us(rows: list[dict[str, Any]]) -> float | None:
+def _step_us(rows: list[dict[str, Any]]) -> tuple[float | None, str | None]:
+    """Microseconds of the captured step, or why there is none: a share of a plain, longer step would look too good."""
     for row in rows:
         if (row["model"], row["branches"], row["prefix"]) == ("7b", _STEP_ROWS, _STEP_PREFIX):
-            times = row["times"]
-            return float((times.get("engine, CUDA graph") or times["engine"])["median_us"])
-    return None
+            if _STEP in row["times"]:
+                return float(row["times"][_STEP]["median_us"]), None
+            return None, f"the step was not captured: {row.get('failed', {}).get(_STEP, 'no reason was kept')}"
+    return None, None
 
 
-def _at_least(name: str, goal: float, measured: float | None) -> dict[str, Any]:
+def _at_least(name: str, goal: float, measured: float | None, note: str | None) -> dict[str, Any]:
     met = None if measured is None else measured >= goal
-    return {"name": name, "goal": f"at least {goal:g}", "measured": measured, "met": met}
+    return _goal(name, f"at least {goal:g}", measured, met, note)
 
 
-def _at_most(name: str, goal: float, measured: float | None) -> dict[str, Any]:
+def _at_most(name: str, goal: float, measured: float | None, note: str | None) -> dict[str, Any]:
     met = None if measured is None else measured <= goal
-    return {"name": name, "goal": f"at most {goal:g}", "measured": measured, "met": met}
+    return _goal(name, f"at most {goal:g}", measured, met, note)
+
+
+def _goal(name: str, goal: str, measured: float | None, met: bool | None, note: str | None) -> dict[str, Any]:
+    found = {"name": name, "goal": goal, "measured": measured, "met": met}
+    return found if note is None or measured is not None else found | {"note": note}

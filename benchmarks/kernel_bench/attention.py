@@ -13,6 +13,7 @@ from kernel_bench import attention_peers as peers
 from kernel_bench.bench import OURS, Bench, Settings, Verdict, compiled, num_input_sets
 from kernel_bench.machine import l2_bytes
 from kernel_bench.measure import Run, Runs
+from kernel_bench.static import loaded_buffers
 from rainkernels._lanes import choose_lane
 from rainkernels.ops.attention import tree_attention
 from rainkernels.reference import attention as reference
@@ -161,12 +162,15 @@ def make(case: Fan | Prefill, settings: Settings) -> Bench:
     verify = Reference(sets[0])
     notes = {"input_sets": count, "keys": case.num_keys, "rows": case.num_rows}
     lane = choose_lane("attention", settings.device)
+    notes["static_buffers"] = lane == "triton"
     return Bench("attention", str(case), case.dtype, builders, verify, key_bytes + row_bytes, case.flops(), lane, notes)
 
 
 def ours(i: AttentionInputs) -> Run:
+    """One call over a plan that is there already; on a GPU over static memory, as a captured step has it."""
     plan, out = i.plan(), torch.empty_like(i.q)
-    return lambda: tree_attention(i.q, i.k_pool, i.v_pool, plan, **i.options, out=out)
+    buffers = loaded_buffers(plan, i.q.shape[1], i.k_pool, i.v_pool)
+    return lambda: tree_attention(i.q, i.k_pool, i.v_pool, plan, **i.options, out=out, buffers=buffers)
 
 
 class Reference:

@@ -19,6 +19,7 @@ from kernel_bench.measure import (
     Runs,
     Timer,
     alternate,
+    comparable,
     first_line,
     paired_ratio,
     rounded,
@@ -81,7 +82,11 @@ class Settings:
 
 
 def run_bench(bench: Bench, settings: Settings, timer: Timer, ceilings: Ceilings) -> dict[str, Any]:
-    """Check, time, and describe one case. `status` is "ok", "wrong" (ours differs from the definition) or "failed"."""
+    """Check, time, and describe one case. `status` is "ok", "wrong" (ours differs from the definition) or "failed".
+
+    A contender that could not be captured is timed by plain calls: its "timer", the notes and "failed" say so, and it has
+    no ratio with those that replay graphs.
+    """
     row: dict[str, Any] = {
         "op": bench.op, "case": bench.case, "lane": bench.lane, "dtype": dtype_name(bench.dtype), "status": "ok",
         "checked": {}, "failed": {}, "notes": bench.notes,
@@ -112,7 +117,13 @@ def run_bench(bench: Bench, settings: Settings, timer: Timer, ceilings: Ceilings
                 row["times"][label]["eager_us"] = contender.eager()
             if contender.capture_error:
                 row["times"][label]["capture_error"] = contender.capture_error
-    row["ratio"] = {label: paired_ratio(taken, samples[OURS]) for label, taken in samples.items() if label != OURS}
+                row["failed"][label] = f"not captured, timed by plain calls: {contender.capture_error}"
+    others = [label for label in samples if label != OURS]
+    alike = [label for label in others if comparable(prepared[label], prepared[OURS])]
+    row["ratio"] = {label: paired_ratio(samples[label], samples[OURS]) for label in alike}
+    if plain := [label for label, contender in prepared.items() if contender.capture_error]:
+        apart = [label for label in others if label not in alike]
+        row["notes"] = {**bench.notes, "plain_calls": plain, "not_compared": apart}
     row |= _floor(bench, row["times"][OURS]["median_us"], settings, ceilings)
     prepared.clear()
     free(settings.device)

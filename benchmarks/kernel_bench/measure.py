@@ -21,7 +21,12 @@ class Prepared:
     sample: Callable[[], float]
     timer: str  # "perf_counter", "graph" or "events"
     eager: Callable[[], float] | None = None  # where `sample` replays a graph: microseconds of one plain call
-    capture_error: str | None = None
+    capture_error: str | None = None  # why `sample` makes plain calls where others may replay graphs
+
+
+def comparable(a: Prepared, b: Prepared) -> bool:
+    """Whether a ratio of the two says something of the work: plain GPU calls against replays mostly measure launches."""
+    return {a.timer, b.timer} != {"graph", "events"}
 
 
 class Timer(Protocol):
@@ -76,7 +81,8 @@ class CudaTimer:
         eager = self._sampler(plain, len(runs))
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # On the stream of the warm-up: what a call keeps for each stream (tables, workspaces) is there already.
+            with torch.cuda.graph(graph, stream=side):
                 plain()
         except Exception as error:  # any refusal to be captured: then plain calls are what can be timed
             torch.cuda.synchronize(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import torch
@@ -147,17 +148,22 @@ class AttentionBuffers:
             state=(torch.empty(heads * dim_v, dtype=torch.float32, device=where), maxima, sums),
             launches=tuple((level, narrow, programs) for level in range(levels) for narrow in classes),
         )  # fmt: skip
-        buffers._staging = torch.zeros(keys + max_keys, dtype=torch.int32, pin_memory=where.type == "cuda")
-        buffers._copied = torch.cuda.Event() if where.type == "cuda" else None
-        # No plan yet: every row is padding.
-        buffers._staging[order:position] = torch.arange(max_rows, dtype=torch.int32)
-        buffers.table.copy_(buffers._staging)
+        with buffers._place():
+            buffers._staging = torch.zeros(keys + max_keys, dtype=torch.int32, pin_memory=where.type == "cuda")
+            buffers._copied = torch.cuda.Event() if where.type == "cuda" else None
+            # No plan yet: every row is padding.
+            buffers._staging[order:position] = torch.arange(max_rows, dtype=torch.int32)
+            buffers.table.copy_(buffers._staging)
         return buffers
 
     @property
     def device(self) -> torch.device:
         """Where the static tensors lie."""
         return self.table.device
+
+    def _place(self) -> contextlib.AbstractContextManager[object]:
+        """Their device made the current one: an event is recorded on the current device's stream, whoever copied."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def planned(self, plan: AttentionPlan) -> ItemTable:
         """The plan's items as these buffers would hold them: its counts tell which capacities it needs."""
@@ -187,9 +193,10 @@ class AttentionBuffers:
         if self._copied is not None:
             self._copied.synchronize()  # the copy before, not the kernels after it
         used = self._fill(new)
-        self.table[:used].copy_(self._staging[:used], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        with self._place():
+            self.table[:used].copy_(self._staging[:used], non_blocking=True)
+            if self._copied is not None:
+                self._copied.record()
         self.plan = plan
 
     def _fill(self, new: ItemTable) -> int:

@@ -106,16 +106,18 @@ def tree_attention(
         sinks:  [num_qo_heads] float32, a logit per head that enters the denominator only
         out:    [num_rows, num_qo_heads, head_dim_v]    like q, contiguous; allocated when None
         sliding_window: tokens, 0 for none; a key is visible while row position - key position < sliding_window
-        chunk: positions that one partial result spans on the triton lane, a multiple of 64. With a number the order of
-            every sum is fixed by positions; "auto" fits it to the batch: fewer, longer partials. The cpu lane uses 256.
+        chunk: positions that one partial result spans on the triton lane, a multiple of 64. A number cuts a row's sums at
+            the same positions in every batch; "auto" fits it to the batch (fewer, longer partials), so the cuts, and the
+            bits with them, change with the other rows. The cpu lane always cuts at multiples of 256.
         buffers: static memory for CUDA graphs; `plan` must be the one loaded last, and q has buffers.max_rows rows
     Returns:
         out, or MergedState(out, lse) with return_lse; lse [num_rows, num_qo_heads] float32, natural log, sink included
     Edge cases:
         A padding row gives zeros and lse = -inf. Sums are float32 for every dtype; on the triton lane weights are rounded
         to the values' dtype before they meet them. On the cpu lane a row's bits do not depend on the other rows, on
-        where the path is split, on thread count or instruction set. On the triton lane they depend on the tile shape a
-        row lands in, and on nothing else but its own path.
+        where the path is split, on thread count or instruction set. On the triton lane they depend on its path, on
+        `chunk` and on the shapes of the tiles it lands in: where the path is split changes none of them, but how many
+        rows there are and which keys they share chooses the tiles, so that other rows may change a row's last bits.
         With `out` and `buffers` given (and no return_lse) nothing is allocated, and the host never waits.
         Where `chunk` is None it is 256, or what the buffers were made for; with buffers any other is refused.
     Raises:

@@ -234,15 +234,20 @@ def rank(
 
         if workspace is None:
             workspace = torch.empty(kernels.workspace_floats(rows, 2, width), dtype=torch.float32, device=device)
-        # Ids too large for int32 become -1, which is as invalid.
-        small = token if token.dtype == torch.int32 else token.where(token < width, -1).to(torch.int32)
-        kernels.rank(base, aligned, small, width, out, workspace)
+        kernels.rank(base, aligned, _as_int32(token, width), width, out, workspace)
         return out
     native().rank_cpu(
         base.data_ptr(), base.stride(0), aligned.data_ptr(), aligned.stride(0), DTYPE_CODE[base.dtype], rows, width,
         token.data_ptr(), token.element_size(), *(t.data_ptr() for t in out), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _as_int32(token: Tensor, width: int) -> Tensor:
+    """Ids as the Triton lane takes them; those outside the vocabulary, which int32 might wrap into it, become -1."""
+    if token.dtype == torch.int32:
+        return token
+    return token.where((token >= 0) & (token < width), -1).to(torch.int32)
 
 
 _MIX_PARAMETERS = (

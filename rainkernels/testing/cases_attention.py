@@ -8,7 +8,9 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from rainkernels.ops._attention_items import item_table
 from rainkernels.ops.attention import AttentionPlan, attention_plan
+from rainkernels.triton.attention_tiles import Tile, choose_tiles
 
 __all__ = [
     "CASES",
@@ -19,6 +21,7 @@ __all__ = [
     "chain",
     "fan",
     "split_everywhere",
+    "tiles_of_rows",
 ]
 
 
@@ -148,6 +151,25 @@ class AttentionCase:
             },
             sinks=torch.randn(self.num_qo_heads, generator=g).to(device) if self.sinks else None,
         )
+
+
+def tiles_of_rows(i: AttentionInputs, chunk: int = 256) -> list[tuple[Tile, ...]]:
+    """The tiles in which the Triton lane meets each row's keys, by block of 64 positions: what a row's bits depend on."""
+    plan, (_, num_kv_heads, dim_v) = i.plan(), i.v_pool.shape
+    tiles = choose_tiles(i.q.dtype, i.q.shape[2], dim_v, i.q.shape[1] // num_kv_heads, plan.num_rows)
+    table = item_table(plan, tiles, chunk)
+    order = table.section(table.places.row_order, plan.num_rows).tolist()
+    position = table.section(table.places.row_position, plan.num_rows).tolist()
+    found: list[dict[int, Tile]] = [{} for _ in order]
+    items = iter(table.items().tolist())
+    for _, narrow, count in table.launches:
+        tile = tiles.narrow if narrow else tiles.wide
+        assert tile is not None
+        for _, (_, begin, num_keys, row0, num_rows, *_) in zip(range(count), items, strict=False):
+            for r in range(row0, row0 + num_rows):
+                end = min(begin + num_keys, position[r] + 1)
+                found[order[r]] |= dict.fromkeys(range(begin // 64, -(-end // 64)), tile)
+    return [tuple(tile for _, tile in sorted(blocks.items())) for blocks in found]
 
 
 # A step of a real search in one batch: prefill of a new request, decode rows, a speculated chain, an empty node, padding.

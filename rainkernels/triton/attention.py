@@ -216,6 +216,8 @@ def merge_state_kernel(  # type: ignore[no-untyped-def]
     a = tl.load(VA + at, mask=inside & (wa != 0.0)[:, None], other=0.0).to(tl.float32)
     b = tl.load(VB + at, mask=inside & (wb != 0.0)[:, None], other=0.0).to(tl.float32)
     v = a * (wa / safe)[:, None] + b * (wb / safe)[:, None]
+    # In place: several threads load a row's lse, in two layouts, and one stores it; all must have theirs by then.
+    tl.debug_barrier()
     tl.store(V + at, v.to(V.dtype.element_ty), mask=inside)
     tl.store(L + r, tl.where(total == 0.0, float("-inf"), shift + tl.log2(safe) * 0.6931471805599453), mask=ok)
 

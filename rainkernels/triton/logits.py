@@ -6,9 +6,11 @@ launch computes depends on the row alone; the batch only sets the number of prog
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from rainkernels.errors import RangeError
@@ -67,6 +69,11 @@ def _check_vocab_size(vocab_size: int) -> None:
         raise RangeError(f"vocab_size is {vocab_size}, the triton lane allows at most {_MAX_VOCAB}")
 
 
+def _place(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The device of `x` made the current one: Triton launches on that one, wherever the tensors are."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def _row_warps(filters: bool) -> int:
     return 8 if filters else 4
 
@@ -122,24 +129,25 @@ def mix_sample(
         "num_stages": 1,
     }
     filters = top_k is not None or top_p is not None or min_p is not None
-    if plausibility is not None:
-        plausible_tiles_kernel[(rows * tiles,)](judge, judge.stride(0), **places, num_warps=4, num_stages=1)
-    mix_tiles_kernel[(rows * tiles,)](
-        **common, **places, **constants, STATS=out_stats is not None, FILTERS=filters, num_warps=4
-    )
     if out_stats is None:
         results = dict.fromkeys(_STAT_NAMES, out.prob)
     else:
         results = dict(zip(_STAT_NAMES, out_stats, strict=True))
-    mix_rows_kernel[(rows,)](
-        **common, **places, **constants, BLOCK=_ROW_BLOCK,
-        top_k=out.token if top_k is None else top_k,
-        top_p=temperature if top_p is None else top_p,
-        min_p=temperature if min_p is None else min_p,
-        seed=seed, position=position, token_out=out.token, prob_out=out.prob, logprob_out=out.logprob, **results,
-        given=sum((t is not None) << bit for bit, t in enumerate((top_k, top_p, min_p))), order=_ORDERS[order],
-        STATS=out_stats is not None, FILTERS=filters, num_warps=_row_warps(filters), maxnreg=ALL_REGISTERS,
-    )  # fmt: skip
+    with _place(weights):
+        if plausibility is not None:
+            plausible_tiles_kernel[(rows * tiles,)](judge, judge.stride(0), **places, num_warps=4, num_stages=1)
+        mix_tiles_kernel[(rows * tiles,)](
+            **common, **places, **constants, STATS=out_stats is not None, FILTERS=filters, num_warps=4
+        )
+        mix_rows_kernel[(rows,)](
+            **common, **places, **constants, BLOCK=_ROW_BLOCK,
+            top_k=out.token if top_k is None else top_k,
+            top_p=temperature if top_p is None else top_p,
+            min_p=temperature if min_p is None else min_p,
+            seed=seed, position=position, token_out=out.token, prob_out=out.prob, logprob_out=out.logprob, **results,
+            given=sum((t is not None) << bit for bit, t in enumerate((top_k, top_p, min_p))), order=_ORDERS[order],
+            STATS=out_stats is not None, FILTERS=filters, num_warps=_row_warps(filters), maxnreg=ALL_REGISTERS,
+        )  # fmt: skip
 
 
 def rank(base: Tensor, aligned: Tensor, token: Tensor, vocab_size: int, out: Rank, workspace: Tensor) -> None:
@@ -151,8 +159,9 @@ def rank(base: Tensor, aligned: Tensor, token: Tensor, vocab_size: int, out: Ran
         base, aligned, token, base.stride(0), aligned.stride(0), workspace, _row_floats(2, vocab_size),
         _pitch(vocab_size), vocab_size, tiles,
     )  # fmt: skip
-    rank_tiles_kernel[(rows * tiles,)](*arguments, num_warps=4, num_stages=1)
-    rank_rows_kernel[(rows,)](*arguments, *out, TILES=_tile_block(tiles), num_warps=4, num_stages=1)
+    with _place(base):
+        rank_tiles_kernel[(rows * tiles,)](*arguments, num_warps=4, num_stages=1)
+        rank_rows_kernel[(rows,)](*arguments, *out, TILES=_tile_block(tiles), num_warps=4, num_stages=1)
 
 
 _TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}

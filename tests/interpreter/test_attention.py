@@ -5,8 +5,11 @@ Run as `TRITON_INTERPRET=1 python -m pytest tests/interpreter/test_attention.py`
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +29,7 @@ from rainkernels.testing.cases_attention import (
     chain,
     fan,
     split_everywhere,
+    tiles_of_rows,
 )
 from rainkernels.triton import attention as lane
 
@@ -145,8 +149,8 @@ def test_head_dim_out_of_range(heads: int, dims: tuple[int, int], error: type[Ex
         tree_attention(torch.zeros(1, heads, dims[0]), *pool, plan, softmax_scale=1.0)
 
 
-# Bits. numpy multiplies tiles of different shapes in different orders, so one tile shape serves both classes here; on a
-# GPU the same holds between mma and wgmma tiles.
+# Bits. numpy multiplies tiles of different shapes in different orders, so one tile shape serves both classes here; mma and
+# wgmma tiles of a GPU differ alike, and there too only rows that land in the same tiles keep their bits.
 
 
 @pytest.fixture
@@ -171,6 +175,27 @@ def test_bits_do_not_depend_on_splits(case: AttentionCase) -> None:
     cut = replace(inputs, plan_inputs=split_everywhere(case.forest, 5).plan_inputs(inputs.plan_inputs["slots"]))
     for whole, pieces in zip(run(inputs), run(cut), strict=True):
         assert torch.equal(whole, pieces)
+
+
+@pytest.mark.parametrize("case", INVARIANT, ids=str)
+def test_bits_depend_on_a_rows_tiles_alone(case: AttentionCase) -> None:
+    """Wide and narrow tiles, as a GPU has them: rows that land in the same ones keep their bits, the others stay close."""
+    inputs, g = case.make(torch.float32), torch.Generator().manual_seed(1)
+    wanted, tiles = run(inputs), tiles_of_rows(inputs)
+    kept = []
+    for count in (3, len(tiles) // 2, len(tiles) - 1, len(tiles)):
+        rows = torch.randperm(len(tiles), generator=g)[:count]
+        forest = Forest(case.forest.segments, tuple(case.forest.rows[r] for r in rows.tolist()))
+        some = replace(
+            inputs, q=inputs.q[rows].contiguous(), plan_inputs=forest.plan_inputs(inputs.plan_inputs["slots"])
+        )
+        same = torch.tensor([a == tiles[r] for a, r in zip(tiles_of_rows(some), rows.tolist(), strict=True)])
+        for part, whole in zip(run(some), wanted, strict=True):
+            assert torch.equal(part[same], whole[rows[same]])
+            torch.testing.assert_close(part, whole[rows], rtol=1e-5, atol=1e-6)
+        kept.append(float(same.float().mean()))
+    assert min(kept) < 1.0
+    assert kept[-1] == 1.0
 
 
 @pytest.mark.usefixtures("one_tile")
@@ -258,6 +283,29 @@ def test_a_plan_that_does_not_fit_is_refused(name: str) -> None:
     with pytest.raises(RangeError, match=rf"{name} >= \d+, the buffers have 3"):
         buffers.load(some_plan())
     assert buffers.plan is small
+
+
+def test_load_records_on_the_device_of_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another device current, the event would guard nothing and the next load could overwrite the staging memory."""
+    current: list[object] = []
+    seen: list[object] = []
+
+    @contextlib.contextmanager
+    def place(device: object) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    buffers = make_buffers()
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device", place)
+    monkeypatch.setattr(AttentionBuffers, "device", property(lambda self: second))
+    buffers._copied = SimpleNamespace(  # type: ignore[assignment]
+        synchronize=lambda: None, record=lambda: seen.extend([*current, int(buffers.table[0])])
+    )
+    buffers.load(some_plan())
+    assert seen == [second, 6]  # recorded there, after the copy: the table's first word is the number of rows
+    assert not current
 
 
 def test_bad_buffers_and_calls_are_refused() -> None:

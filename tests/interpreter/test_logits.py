@@ -5,7 +5,10 @@ Run as `TRITON_INTERPRET=1 python -m pytest tests/interpreter/test_logits.py`: T
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,6 +245,40 @@ def test_rank_of_a_token_outside_makes_the_row_invalid() -> None:
     assert out.rank.tolist()[:2] == [0, 0]
     assert int(out.rank[2]) == 1 + int((h[2] > h[2, 49]).sum())
     assert bool(out.kl[:2].isnan().all())
+
+
+@pytest.mark.parametrize("name", ["mix_sample", "rank"])
+def test_launches_go_to_the_tensors_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins on a second GPU: every kernel is launched while that one is the current device."""
+    current: list[object] = []
+    launched: list[tuple[str, list[object]]] = []
+
+    @contextlib.contextmanager
+    def place(device: object) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __init__(self, label: str) -> None:
+            self.label = label
+
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args, **kwargs: launched.append((self.label, list(current)))
+
+    wanted = ["rank_tiles", "rank_rows"] if name == "rank" else ["plausible_tiles", "mix_tiles", "mix_rows"]
+    for label in wanted:
+        monkeypatch.setattr(kernels, f"{label}_kernel", Kernel(label))
+    monkeypatch.setattr(torch.cuda, "device", place)
+    x: Any = SimpleNamespace(is_cuda=True, device="cuda:1", shape=(2, 50), stride=lambda dim: 50)
+    out: Any = MixSample(x, x, x) if name == "mix_sample" else Rank(x, x, x, x)
+    if name == "rank":
+        kernels.rank(x, x, x, 50, out, x)
+    else:
+        w: Any = SimpleNamespace(is_cuda=True, device="cuda:1", shape=(2, 1))
+        kernels.mix_sample([x], w, x, None, None, None, x, x, None, x, 0, "k_p_min", 50, False, out, None, x)
+    assert launched == [(label, ["cuda:1"]) for label in wanted]
+    assert not current
 
 
 BAD = {

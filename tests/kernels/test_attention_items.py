@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -20,7 +21,16 @@ from rainkernels.ops.attention import (
     tree_attention,
 )
 from rainkernels.reference import attention as reference
-from rainkernels.testing.cases_attention import CASES, AttentionCase, Forest, chain, fan, split_everywhere
+from rainkernels.testing.cases_attention import (
+    CASES,
+    AttentionCase,
+    AttentionInputs,
+    Forest,
+    chain,
+    fan,
+    split_everywhere,
+    tiles_of_rows,
+)
 from rainkernels.triton.attention_tiles import Tiles, choose_tiles, pieces
 
 BLOCK = 64
@@ -124,6 +134,40 @@ def test_random_forests(forest: Forest, shape: tuple[int, int, int], chunk: int,
     cut = item_table(plan_of(split_everywhere(forest, 5)), tiles, chunk, levels)
     # The cut forest's slots are numbered the same way, so only where keys were copied together may differ.
     assert torch.equal(cut.items()[:, 1:], table.items()[:, 1:])
+
+
+def rows_of(i: AttentionInputs, forest: Forest, rows: list[int]) -> AttentionInputs:
+    some = Forest(forest.segments, tuple(forest.rows[r] for r in rows))
+    return replace(i, q=i.q[rows], plan_inputs=some.plan_inputs(i.plan_inputs["slots"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tiles_of_a_row_do_not_depend_on_splits_or_order(case: AttentionCase, dtype: torch.dtype) -> None:
+    """So its bits on a GPU do not either."""
+    i = case.make(dtype)
+    tiles, slots = tiles_of_rows(i), i.plan_inputs["slots"]
+    segment, position = i.plan_inputs["row_segment"].tolist(), i.plan_inputs["row_position"].tolist()
+    assert [len(each) for each in tiles] == [
+        p // 64 + 1 if s >= 0 else 0 for s, p in zip(segment, position, strict=True)
+    ]
+    for step in (1, 5, 100):
+        cut = split_everywhere(case.forest, step)
+        assert tiles_of_rows(replace(i, plan_inputs=cut.plan_inputs(slots))) == tiles
+    order = torch.randperm(len(tiles), generator=torch.Generator().manual_seed(1)).tolist()
+    assert tiles_of_rows(rows_of(i, case.forest, order)) == [tiles[r] for r in order]
+
+
+def test_other_rows_choose_the_tiles_a_row_lands_in() -> None:
+    """Why bits may change with the batch: 40 rows of 4 heads fill a tile of 128 over the prefix, one row one of 16."""
+    case = AttentionCase("fan", fan(1000, 40, 32), 32, 8, 128)
+    i = case.make(torch.bfloat16)
+    heights = [{tile.row_heads for tile in tiles} for tiles in tiles_of_rows(i)]
+    assert heights[0] == {128, 16}  # the prefix with 31 others, its own tokens alone
+    assert heights[39] == {128, 16}  # with 7 others
+    assert [tile.row_heads for tile in tiles_of_rows(rows_of(i, case.forest, [0]))[0]] == [16] * 17
+    few = tiles_of_rows(rows_of(i, case.forest, list(range(16))))[0]
+    assert {tile.row_heads for tile in few} == {64, 16}
 
 
 def test_a_shared_prefix_is_read_once() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rainkernels import DtypeError, RangeError, ShapeError, StrideError, has_native
-from rainkernels.ops.logits import Rank, rank, rank_workspace
+from rainkernels.ops.logits import Rank, _as_int32, rank, rank_workspace
 from rainkernels.reference import logits as reference
 
 pytestmark = pytest.mark.skipif(not has_native(), reason="rainkernels._C is not built")
@@ -53,6 +53,13 @@ def test_matches_definition(vocab: int, dtype: torch.dtype, lane: str) -> None:
     for a, e in zip(found[1:], exact[1:], strict=True):
         torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=2e-6)
     assert all(torch.equal(x, y) for x, y in zip(found, rank(base, aligned, token.int()), strict=True))
+
+
+def test_ids_that_int32_cannot_hold_stay_invalid() -> None:
+    """What the Triton lane is given on cuda, where nobody looks at the ids: 5 - 2**32 must not become 5."""
+    token = torch.tensor([0, 9, 10, -1, 5 + 2**32, 5 - 2**32, 2**31 + 5, torch.iinfo(torch.int64).min])
+    assert _as_int32(token, 10).tolist() == [0, 9, *[-1] * 6]
+    assert _as_int32(token[:4].int(), 10).tolist() == [0, 9, 10, -1]
 
 
 def test_ties_count_by_lower_id(lane: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from raindecode.errors import CapacityError
-from rainkernels.ops.attention import AttentionPlan, tree_attention
+from rainkernels.ops.attention import AttentionBuffers, AttentionPlan, tree_attention
 from rainkernels.ops.kv import kv_write
 
 # transformers treats names with "flash", "sdpa", "flex_attention", "paged|" or "a/b" in a special way; this is none.
@@ -57,6 +57,7 @@ class TreeContext:
     slot_mapping: Tensor  # [T] int32
     plan: AttentionPlan
     windows: dict[int, int] = field(default_factory=dict)  # sliding window of every layer that came by; 0 for none
+    buffers: AttentionBuffers | None = None  # that hold `plan`, where the forward is captured
 
 
 # For the few model files that drop unknown keyword arguments on their way down.
@@ -111,6 +112,7 @@ def rain_tree_attention(
         softcap=0.0 if softcap is None else float(softcap),
         sliding_window=window,
         sinks=s_aux,
+        buffers=context.buffers,
     )
     return out.unsqueeze(0), None
 
