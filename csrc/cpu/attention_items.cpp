@@ -2,8 +2,8 @@
 //
 // A row's state over a chunk is one chain over key blocks in position order, whoever computes which part of it: items
 // of level 0 begin the chain for all rows that share the chunk's first keys, up to the last multiple of kKeyTile before
-// their first fork; items of the next level go on, in place, for the rows of one branch. So the value of a row does not
-// depend on splits of nodes, on other branches or on what is folded.
+// their first fork; items of the next level go on, in place, for the rows of one branch. So among equal tile shapes the
+// value of a row does not depend on splits of nodes, on other branches or on what is folded.
 //
 // Folding: sharing n keys between k branches with r rows saves (k - 1) n (head_dim + head_dim_v) element reads per KV
 // head and writes and reads r x group states of head_dim_v floats once more; in 2-byte elements it pays when n (k - 1)
