@@ -278,7 +278,9 @@ class Forest:
 
     def clone(self) -> Forest:
         """An independent copy."""
-        return Forest._trusted(self.config, [t.clone() for t in self.tensors])
+        other = Forest.__new__(Forest)
+        other.__dict__.update(self.__dict__, tensors=tuple(t.clone() for t in self.tensors), _view=None)
+        return other
 
     def grown(
         self,

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from types import ModuleType
 from typing import Literal
 
@@ -45,6 +46,9 @@ def native() -> ModuleType:
     Raises:
         LaneError: it is not built; the message says how to build it.
     """
+    known = sys.modules.get("rainkernels._C")
+    if known is not None:
+        return known
     try:
         return importlib.import_module("rainkernels._C")
     except ImportError as error:

@@ -2,6 +2,11 @@
 #include "cpu/logits.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
 
 namespace py = pybind11;
 using rainkernels::Dtype;
@@ -55,9 +60,21 @@ py::tuple mix_sample(const py::tuple& models, int dtype, int rows, int vocab, ad
   return py::make_tuple(static_cast<int>(fault.rule), fault.row);
 }
 
+// Numbers of draws; every draw is 24 bytes of `names`: key, and low and high half of the counter, in the machine's order.
+std::vector<double> philox_uniforms(const std::string& names) {
+  std::vector<double> numbers(names.size() / 24);
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    uint64_t words[3];
+    std::memcpy(words, names.data() + 24 * i, 24);
+    numbers[i] = rainkernels::philox_uniform(words[0], words[1], words[2]);
+  }
+  return numbers;
+}
+
 }  // namespace
 
 void bind_logits(py::module_& m) {
+  m.def("philox_uniforms", [](const py::bytes& names) { return philox_uniforms(names); });
   m.def("mix_sample_cpu", &mix_sample);
   m.def("rank_cpu", [](address base, int64_t base_stride, address aligned, int64_t aligned_stride, int dtype, int rows,
                        int vocab, address token, int token_bytes, address rank, address kl, address logprob_base,

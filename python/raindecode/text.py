@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from raindecode.errors import ModelError
 
+# Where transformers' own tokenizer methods live; a class that overrides one is asked itself.
+_PLAIN_MODULES = {
+    "transformers.tokenization_utils_base", "transformers.tokenization_utils_fast", "transformers.tokenization_utils_tokenizers",
+}  # fmt: skip
 _REPLACEMENT = "\ufffd"  # what decoders emit for an unfinished UTF-8 sequence
 
 
@@ -22,16 +27,23 @@ class Codec:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int]) -> None:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
+        self._backend = _plain_backend(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a whole prompt, with the tokenizer's beginning-of-text token where it has one."""
-        ids: list[int] = list(self.tokenizer(text, add_special_tokens=True)["input_ids"])
+        backend = self._backend
+        if backend is not None and backend.truncation is None and backend.padding is None:
+            ids: list[int] = backend.encode(text, add_special_tokens=True).ids
+        else:
+            ids = list(self.tokenizer(text, add_special_tokens=True)["input_ids"])
         if ids and ids[-1] in self.eos_token_ids:  # some tokenizers close every text; a prompt goes on
             ids.pop()
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
+        if self._backend is not None:
+            return str(self._backend.decode(ids, skip_special_tokens=True))
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
@@ -69,6 +81,17 @@ class Codec:
                 f"the options {list(letters)} share a token with this tokenizer: use others in the evaluation template"
             )
         return len(plain) - len(stem), ids
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The `tokenizers` object behind a tokenizer that adds nothing to it, else None: most of a short call is spent around it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kind = type(tokenizer)
+    methods = [getattr(kind, name, None) for name in ("__call__", "decode", "_decode", "_encode_plus")]
+    plain = all(getattr(method, "__module__", None) in _PLAIN_MODULES for method in methods)
+    if backend is None or not plain or getattr(tokenizer, "split_special_tokens", False):
+        return None
+    return backend
 
 
 class TextStream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,14 +24,18 @@ from rainkernels._logits_checks import (
     value_error,
     workspace_floats,
 )
+from rainkernels.errors import ShapeError
 from rainkernels.reference import logits as reference
 
 __all__ = [
-    "MAX_MODELS", "MixSample", "MixStats", "Order", "Rank", "mix_sample", "mix_sample_workspace", "rank", "rank_workspace",
+    "MAX_MODELS", "MixSample", "MixStats", "Order", "Rank", "mix_sample", "mix_sample_workspace", "philox_uniforms", "rank",
+    "rank_workspace",
 ]  # fmt: skip
 
 Order = Literal["k_p_min", "min_k_p", "joint"]
 
+_CPU = torch.device("cpu")
+_MASK64 = (1 << 64) - 1
 # Signatures of calls that passed every check: a decoding loop repeats a few of them.
 _CHECKED: set[object] = set()
 
@@ -49,6 +54,26 @@ def rank_workspace(batch: int, vocab_size: int, device: torch.device | str) -> i
     """Number of float32 elements `rank` wants as workspace for these sizes; 0 on the cpu. Errors as `mix_sample_workspace`."""
     check_workspace_sizes(batch, 2, vocab_size)
     return workspace_floats(batch, 2, vocab_size, torch.device(device))
+
+
+def philox_uniforms(keys: Sequence[int], counters: Sequence[int]) -> list[float]:
+    """One number in the open interval (0, 1) per draw: 52 bits of Philox4x32-10, those `mix_sample` draws with.
+
+    Args:
+        keys: of which the low 64 bits count.
+        counters: of which the low 128 bits count, one per key.
+    Raises:
+        ShapeError: there are not as many keys as counters. TypeError: one of them is no int.
+    Source: Salmon et al., SC 2011.  Reference: rainkernels.reference.logits.uniforms
+    """
+    if len(keys) != len(counters):
+        raise ShapeError(f"{len(keys)} keys were given for {len(counters)} counters: give one each")
+    words = [w & _MASK64 for key, counter in zip(keys, counters, strict=True) for w in (key, counter, counter >> 64)]
+    if choose_lane("logits", _CPU) != "cpu":
+        table = torch.tensor([w - (w >> 63 << 64) for w in words], dtype=torch.int64).view(-1, 3)
+        return list(map(float, reference.uniforms(table[:, 0], table[:, 1:])))
+    numbers: list[float] = native().philox_uniforms(struct.pack(f"={len(words)}Q", *words))
+    return numbers
 
 
 def mix_sample(

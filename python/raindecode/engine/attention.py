@@ -49,6 +49,16 @@ class KVPool:
         return sum(t[0].numel() * t.element_size() for pair in self.layers.values() for t in pair)
 
 
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What a layer told its attention. window: sliding window in tokens, 0 for none; sinks: [num_qo_heads] or None."""
+
+    scale: float
+    softcap: float
+    window: int
+    sinks: Tensor | None
+
+
 @dataclass
 class TreeContext:
     """What travels through `model(tree=...)` to the attention of every layer."""
@@ -56,7 +66,7 @@ class TreeContext:
     pool: KVPool
     slot_mapping: Tensor  # [T] int32
     plan: AttentionPlan
-    windows: dict[int, int] = field(default_factory=dict)  # sliding window of every layer that came by; 0 for none
+    layers: dict[int, AttentionOptions] = field(default_factory=dict)  # of every layer that came by
     buffers: AttentionBuffers | None = None  # that hold `plan`, where the forward is captured
 
 
@@ -98,23 +108,26 @@ def rain_tree_attention(
     if attention_mask is not None:
         raise RuntimeError("the model gives its attention a mask of its own, which a KV tree cannot apply")
     index = int(module.layer_idx)  # type: ignore[arg-type]
-    window = 0 if sliding_window is None else int(sliding_window)
-    context.windows[index] = window
-    k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    options = context.layers[index] = AttentionOptions(
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=0.0 if softcap is None else float(softcap),
+        window=0 if sliding_window is None else int(sliding_window),
+        sinks=s_aux,
+    )
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    return attend(index, q, k, v, context, options).unsqueeze(0), None
+
+
+def attend(
+    index: int, q: Tensor, k: Tensor, v: Tensor, context: TreeContext, options: AttentionOptions
+) -> Tensor:
+    """Write the K/V of a step to layer `index` of the pool and attend over the tree: [T, heads, head_dim] in and out."""
     k_pool, v_pool = context.pool.layer(index, k, v)
     kv_write(k, v, k_pool, v_pool, context.slot_mapping)
-    out = tree_attention(
-        query[0].transpose(0, 1),
-        k_pool,
-        v_pool,
-        context.plan,
-        softmax_scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        softcap=0.0 if softcap is None else float(softcap),
-        sliding_window=window,
-        sinks=s_aux,
-        buffers=context.buffers,
-    )
-    return out.unsqueeze(0), None
+    return tree_attention(
+        q, k_pool, v_pool, context.plan, softmax_scale=options.scale, softcap=options.softcap,
+        sliding_window=options.window, sinks=options.sinks, buffers=context.buffers,
+    )  # fmt: skip
 
 
 # No mask function is registered: transformers then builds no mask at all, which is what a tree needs.

@@ -25,6 +25,7 @@ class TokenBatch:
         slot_mapping: [T] int32, the slot each row's K/V is written to.
         plan: what each row attends to.
         row_of_slot: row index by slot.
+        max_position: the largest position id.
     """
 
     input_ids: Tensor
@@ -32,6 +33,7 @@ class TokenBatch:
     slot_mapping: Tensor
     plan: AttentionPlan
     row_of_slot: dict[int, int]
+    max_position: int
 
     @property
     def num_rows(self) -> int:
@@ -131,6 +133,7 @@ def _make(
         slot_mapping=_int32(slots).to(device, non_blocking=True),
         plan=plan,
         row_of_slot=row_of_slot,
+        max_position=int(ids[1].max(initial=0)),
     )
 
 

@@ -28,7 +28,7 @@ from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
 from raindecode.engine.model_runner import ModelRunner
 from raindecode.engine.rng import uniforms
-from raindecode.engine.types import Got, HostCall, Search, Want, Yielded
+from raindecode.engine.types import Draw, Got, HostCall, Search, Want, Yielded
 from raindecode.errors import CapacityError, NumericError, RainDecodeError, RequestCancelled
 
 # Every engine alive, so that a test can assert that no request left a slot behind.
@@ -36,6 +36,7 @@ LIVE_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 _KEPT_BYTES = 256 * 2**20  # rows of logits held for Want.keep
 
 LogitsRow = npt.NDArray[np.float32]
+_ShapedRows = dict[tuple[int, sampler.Filter], "sampler.Shaped | NumericError"]
 
 
 class Task:
@@ -107,6 +108,7 @@ class Engine:
         self._waiting: deque[Task] = deque()
         self._kept: OrderedDict[int, LogitsRow] = OrderedDict()
         self._kept_bytes = 0
+        self._shaped: _ShapedRows = {}  # of the step's draws, by row and filter
         self._stepping = False
         LIVE_ENGINES.add(self)
 
@@ -267,6 +269,7 @@ class Engine:
         draws = [d for task, i, _, _ in plan.served for d in task.wants[i].draws]
         numbers = iter(uniforms([d.key for d in draws], [d.counter for d in draws])) if draws else iter(())
         failed: dict[Task, BaseException] = {}
+        self._shaped = _shape_together((task.wants[i].draws, logits.get(slot, kept)) for task, i, slot, kept in plan.served)
         for task, i, slot, kept in plan.served:
             want = task.wants[i]
             mine = [next(numbers) for _ in want.draws]
@@ -284,10 +287,11 @@ class Engine:
         got = Got()
         if want.needs_logits:
             assert row is not None
-            got.drawn = [
-                sampler.draw(row, d.shape, None if d.greedy else u, d.context)
-                for d, u in zip(want.draws, numbers, strict=True)
-            ]
+            for draw, number in zip(want.draws, numbers, strict=True):
+                shaped = self._shaped.get((id(row), draw.shape)) or sampler.shape_row(row, draw.shape, draw.context)
+                if isinstance(shaped, NumericError):
+                    raise shaped
+                got.drawn.append(shaped.draw(None if draw.greedy else number, logprob=draw.logprob))
             if want.top:
                 got.top_ids, got.top_probs = sampler.top_probs(row, want.top)
             got.gathered = [float(row[i]) for i in want.gather]
@@ -388,6 +392,20 @@ class Engine:
             f"{task.ledger.kv_tokens_peak} and the next step adds up to {pending}. Raise kv_tokens "
             "(Decoder.from_pretrained(..., kv_tokens=N) or --kv-tokens N), or shorten the prompt"
         )
+
+
+def _shape_together(wanted: Iterable[tuple[Sequence[Draw], LogitsRow | None]]) -> _ShapedRows:
+    """Every row under every filter its draws name, all rows of one filter in one pass; those with a context apart."""
+    groups: dict[sampler.Filter, dict[int, LogitsRow]] = {}
+    for draws, row in wanted:
+        for draw in draws:
+            if row is not None and draw.shape.repetition_penalty == 1.0:
+                groups.setdefault(draw.shape, {})[id(row)] = row
+    return {
+        (key, shape): shaped
+        for shape, rows in groups.items()
+        for key, shaped in zip(rows, sampler.shape_rows(list(rows.values()), shape), strict=True)
+    }
 
 
 def _call_together(function: Any, tasks: Sequence[Task]) -> list[tuple[Task, Any]]:

@@ -20,7 +20,7 @@ from raindecode.engine.engine import Engine
 from raindecode.engine.exact import PADDED_ROWS, ExactMode, use_rowwise_activations
 from raindecode.engine.kv_tree import KVTree
 from raindecode.engine.model_runner import ModelRunner, check_architecture
-from raindecode.engine.probe import check_against_stock, rows_are_invariant, stock_logits
+from raindecode.engine.probe import check_against_stock, fuse_if_equal, rows_are_invariant, stock_logits
 from raindecode.errors import ConfigError, ModelError, UnsupportedModelError
 
 _log = standard_logging.getLogger("raindecode")
@@ -78,6 +78,7 @@ def build_engine(
     exact: bool | None = None,
     max_tasks: int = 32,
     verify: bool = True,
+    fused: bool = True,
 ) -> tuple[Engine, ExactMode]:
     """An engine for `model`, and the exact mode it runs in.
 
@@ -85,6 +86,7 @@ def build_engine(
         kv_tokens: capacity of the KV pool in tokens; None takes RAINDECODE_KV_TOKENS, or what a share of memory holds.
         exact: None turns exact mode on for float32 on a CPU when the probe passes; True insists; False leaves it off.
         verify: compare with the stock model on a few tokens, so that an architecture that cannot be served is refused.
+        fused: run models of Llama's form as a FusedModel.
 
     Raises:
         UnsupportedModelError: the architecture cannot be served.
@@ -108,6 +110,8 @@ def build_engine(
     probe = Engine(runner, KVTree(_PROBE_SLOTS))
     if stock is not None:
         check_against_stock(probe, stock)
+    if fused:
+        fuse_if_equal(probe)
     mode = _exact_mode(probe) if wants_exact else "off"
     if exact and mode == "off":
         raise ConfigError(

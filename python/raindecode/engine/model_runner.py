@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from raindecode.engine import attention
-from raindecode.engine.attention import IMPLEMENTATION, KVPool, TreeContext
+from raindecode.engine.attention import IMPLEMENTATION, AttentionOptions, KVPool, TreeContext
 from raindecode.engine.batch import TokenBatch
+from raindecode.engine.fused_model import FusedModel
 from raindecode.errors import UnsupportedModelError
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -56,6 +57,8 @@ class ModelRunner:
         self.device = torch.device(model.device)
         self.pool = KVPool(num_slots, self.device)
         self.hidden: Tensor | None = None  # [num_slots, hidden_size], final hidden state of the token in each slot
+        self.fused: FusedModel | None = None
+        self.layers: dict[int, AttentionOptions] = {}  # what each layer told its attention when last asked
         self._last_hidden: Tensor | None = None
         self._takes_index = "logits_to_keep" in inspect.signature(model.forward).parameters
         model.set_attn_implementation(IMPLEMENTATION)
@@ -70,6 +73,15 @@ class ModelRunner:
         """Run the rows of a batch; logits `[len(wanted), vocabulary]` of the rows named."""
         context = TreeContext(self.pool, batch.slot_mapping, batch.plan)
         index = torch.tensor(list(wanted) or [0], device=self.device)
+        if self.fused is not None and self.fused.is_current:
+            states, logits = self.fused.forward(batch, context, index)
+        else:
+            states, logits = self._forward_stock(batch, context, index)
+        self._keep_hidden(states, batch.slot_mapping)
+        return logits
+
+    def _forward_stock(self, batch: TokenBatch, context: TreeContext, index: Tensor) -> tuple[Tensor | None, Tensor]:
+        """transformers' own forward: final hidden states of all rows, logits of the rows of `index`."""
         options: dict[str, Any] = {"logits_to_keep": index} if self._takes_index else {}
         token = attention._current.set(context)
         # Held for this call only: a hook that stays keeps this runner and its pools alive as long as the model.
@@ -85,10 +97,19 @@ class ModelRunner:
         finally:
             hook.remove()
             attention._current.reset(token)
+            states, self._last_hidden = self._last_hidden, None
         self._check_layers(context)
-        self._keep_hidden(batch.slot_mapping)
+        self.layers = context.layers
         logits: Tensor = out.logits[0]
-        return logits if self._takes_index else logits[index]
+        return None if states is None else states[0], logits if self._takes_index else logits[index]
+
+    def fuse(self) -> None:
+        """Run from now on as a FusedModel. The model must have run once.
+
+        Raises:
+            NotFusible: it is not of that form; nothing has changed.
+        """
+        self.fused = FusedModel(self.model, self.layers)
 
     @property
     def bytes_per_token(self) -> int:
@@ -119,21 +140,19 @@ class ModelRunner:
     def _catch_hidden(self, _module: object, _args: object, output: Any) -> None:
         self._last_hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
 
-    def _keep_hidden(self, slot_mapping: Tensor) -> None:
-        states = self._last_hidden
-        self._last_hidden = None
+    def _keep_hidden(self, states: Tensor | None, slot_mapping: Tensor) -> None:
         if states is None:
             return
         if self.hidden is None:
             self.hidden = torch.zeros(self.pool.num_slots, states.shape[-1], dtype=states.dtype, device=self.device)
-        self.hidden.index_copy_(0, slot_mapping.long(), states[0])
+        self.hidden.index_copy_(0, slot_mapping.long(), states)
 
     def _check_layers(self, context: TreeContext) -> None:
         text = self.model.config.get_text_config()
         expected = getattr(text, "num_hidden_layers", None)
-        if expected is not None and len(context.windows) != expected:
+        if expected is not None and len(context.layers) != expected:
             raise UnsupportedModelError(
-                f"{architecture(self.model)}: {len(context.windows)} of its {expected} layers use attention that reads "
+                f"{architecture(self.model)}: {len(context.layers)} of its {expected} layers use attention that reads "
                 "the KV tree; a model with other kinds of layers cannot be served"
             )
         # A window that reaches attention only as a mask would be lost, and shows on paths longer than it only.
@@ -141,7 +160,7 @@ class ModelRunner:
         windowed = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
         if not kinds and hasattr(type(text), "sliding_window") and text.sliding_window:
             windowed = [0]
-        if any(not context.windows.get(i) for i in windowed):
+        if any(i not in context.layers or not context.layers[i].window for i in windowed):
             raise UnsupportedModelError(
                 f"{architecture(self.model)} applies its sliding window as a mask and does not name it to the attention "
                 "function, so it would be ignored: this architecture is refused"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -13,9 +14,11 @@ from transformers import PreTrainedModel
 from raindecode.engine.branch import Ledger
 from raindecode.engine.engine import Engine, LogitsRow, Task
 from raindecode.engine.model_runner import architecture
+from raindecode.engine.rotary import NotFusible
 from raindecode.engine.types import Want
 from raindecode.errors import UnsupportedModelError
 
+_log = logging.getLogger("raindecode")
 _STEM, _TAILS = 7, (3, 2)  # a prefix and two branches of unequal length
 _ROW_COUNTS = (1, 2, 3, 5, 8, 13, 33, 64)
 
@@ -54,12 +57,35 @@ def check_against_stock(engine: Engine, expected: Sequence[LogitsRow]) -> None:
         raise UnsupportedModelError(f"{architecture(model)} does not run over a KV tree: {cause}") from cause
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     for ours, stock in zip(got, expected, strict=True):
-        error = float(np.abs(ours - stock).max()) / max(1.0, float(np.abs(stock).max()))
+        error = _difference(ours, stock)
         if not error <= tolerance:
             raise UnsupportedModelError(
                 f"{architecture(model)}: logits over a branching KV tree differ from the stock model by {error:.1e} (relative): "
                 "it keeps state, a mask or a bias that the engine does not carry, and is refused"
             )
+
+
+def fuse_if_equal(engine: Engine) -> None:
+    """Let the engine's model run as a FusedModel where it is of that form and gives the same logits, up to rounding."""
+    runner = engine.runner
+    sequences = _sequences(runner.model)
+    expected = _logits(engine, sequences)
+    try:
+        runner.fuse()
+    except NotFusible as reason:
+        _log.debug("%s runs as transformers runs it: %s", architecture(runner.model), reason)
+        return
+    got = _logits(engine, sequences)
+    tolerance = 1e-4 if runner.model.dtype == torch.float32 else 0.05
+    error = max(_difference(*pair) for pair in zip(got, expected, strict=True))
+    if not error <= tolerance:
+        runner.fused = None
+        _log.debug("%s runs as transformers runs it: fused it differs by %.1e", architecture(runner.model), error)
+
+
+def _difference(got: LogitsRow, expected: LogitsRow) -> float:
+    """Largest difference, relative to the largest number."""
+    return float(np.abs(got - expected).max()) / max(1.0, float(np.abs(expected).max()))
 
 
 def rows_are_invariant(engine: Engine) -> bool:

@@ -19,6 +19,7 @@ from raindecode.errors import ConfigError, NumericError
 
 FloatRow = npt.NDArray[np.float64]
 IntRow = npt.NDArray[np.int64]
+LogitsRow = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One draw: the token, its probability after filtering, and its log-probability under the raw logits."""
+    """One draw: the token, its probability after filtering, its log-probability under the raw logits (NaN if not asked for)."""
 
     token: int
     prob: float
@@ -70,8 +71,45 @@ def rows_to_host(logits: Tensor) -> npt.NDArray[np.float32]:
     return host
 
 
+class Shaped:
+    """One row of logits under one filter, ready for any number of draws.
+
+    Attributes:
+        ids: [n] tokens that passed the filter, None for all of them; probs, cdf: [n] float64, not normalised.
+    """
+
+    __slots__ = ("_lse", "_row", "best", "cdf", "ids", "probs")
+
+    def __init__(self, row: LogitsRow, ids: IntRow | None, probs: FloatRow, cdf: FloatRow, best: int) -> None:
+        self.ids, self.probs, self.cdf = ids, probs, cdf
+        self.best = best
+        self._row = row
+        self._lse: float | None = None
+
+    def draw(self, uniform: float | None, *, logprob: bool = True) -> Drawn:
+        """The token at `uniform` of the distribution; None takes the most likely one, the first of equals.
+
+        Args:
+            logprob: False leaves the log-probability under the raw logits out (NaN), which costs a pass over the row.
+        """
+        total = self.cdf[-1]
+        if uniform is None:
+            at = self.best
+        else:
+            at = min(int(self.cdf.searchsorted(uniform * total, side="right")), len(self.cdf) - 1)
+        token = int(at if self.ids is None else self.ids[at])
+        return Drawn(token, float(self.probs[at] / total), self._logprob(token) if logprob else math.nan)
+
+    def _logprob(self, token: int) -> float:
+        if self._lse is None:
+            raw = self._row.astype(np.float64)
+            top = raw.max()
+            self._lse = float(top + np.log(np.exp(raw - top).sum()))
+        return float(self._row[token]) - self._lse
+
+
 def draw(
-    logits: npt.NDArray[np.float32], shape: Filter, uniform: float | None, context: Sequence[int] | None = None
+    logits: LogitsRow, shape: Filter, uniform: float | None, context: Sequence[int] | None = None
 ) -> Drawn:
     """Draw one token from one row.
 
@@ -84,24 +122,65 @@ def draw(
     Raises:
         NumericError: the row holds NaN, or nothing but -inf.
     """
+    return shape_row(logits, shape, context).draw(uniform)
+
+
+def shape_row(logits: LogitsRow, shape: Filter, context: Sequence[int] | None = None) -> Shaped:
+    """One row under one filter. Arguments and errors as `draw`."""
     raw = logits.astype(np.float64)
-    top = _top(raw)
+    _top(raw)
     scores = _penalised(raw, shape.repetition_penalty, context)
     if shape.temperature == 0:
         token = int(scores.argmax())
-        return Drawn(token, 1.0, _logprob(raw, top, token))
+        one = np.ones(1)
+        return Shaped(logits, np.array([token]), one, one, 0)
     if shape.temperature != 1.0:
         # Differences first: with a tiny temperature every other score may become -inf, but the largest stays 0.
         with np.errstate(over="ignore"):
             scores = (scores - scores.max()) / shape.temperature
     ids, probs = filtered(scores, shape)
-    cdf = np.cumsum(probs)
-    if uniform is None:
-        at = int(probs.argmax())
-    else:
-        at = min(int(np.searchsorted(cdf, uniform * cdf[-1], side="right")), len(cdf) - 1)
-    token = int(at if ids is None else ids[at])
-    return Drawn(token, float(probs[at] / cdf[-1]), _logprob(raw, top, token))
+    return Shaped(logits, ids, probs, np.cumsum(probs), int(probs.argmax()))
+
+
+def shape_rows(rows: Sequence[LogitsRow], shape: Filter) -> list[Shaped | NumericError]:
+    """Many rows [V] under one filter without repetition penalty, each as `shape_row` gives it, bit for bit.
+
+    Returns: a Shaped per row, or the error `shape_row` would raise.
+    """
+    raw = np.array(rows, dtype=np.float64)
+    tops = raw.max(axis=1, keepdims=True)
+    plain = shape.top_p == 1.0 and shape.min_p == 0.0 and shape.temperature > 0
+    if not (plain and np.isfinite(tops).all()):
+        return [_shaped_or_error(row, shape) for row in rows]
+    if shape.temperature != 1.0:
+        with np.errstate(over="ignore"):
+            raw = (raw - tops) / shape.temperature
+            tops = np.zeros_like(tops)
+    if not 0 < shape.top_k < raw.shape[1]:
+        probs = np.exp(raw - tops)
+        return [
+            Shaped(row, None, p, c, int(b))
+            for row, p, c, b in zip(rows, probs, probs.cumsum(axis=1), probs.argmax(axis=1), strict=True)
+        ]
+    k = shape.top_k
+    ids = np.argpartition(raw, -k, axis=1)[:, -k:]
+    scores = np.take_along_axis(raw, ids, axis=1)
+    tied = np.count_nonzero(raw >= scores.min(axis=1, keepdims=True), axis=1) > k
+    order = np.lexsort((ids, -scores), axis=1)  # largest first, lower id first on ties
+    ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    probs = np.exp(scores - scores[:, :1])
+    cdf = probs.cumsum(axis=1)
+    return [
+        _shaped_or_error(row, shape) if tied[i] else Shaped(row, ids[i], probs[i], cdf[i], 0)
+        for i, row in enumerate(rows)
+    ]
+
+
+def _shaped_or_error(row: LogitsRow, shape: Filter) -> Shaped | NumericError:
+    try:
+        return shape_row(row, shape)
+    except NumericError as error:
+        return error
 
 
 def filtered(scores: FloatRow, shape: Filter) -> tuple[IntRow | None, FloatRow]:

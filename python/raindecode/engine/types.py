@@ -24,6 +24,7 @@ class Draw:
         counter: 128-bit name of the draw (engine.rng).
         greedy: take the most likely token of the filtered distribution instead of drawing.
         context: token ids the repetition penalty applies to.
+        logprob: report the token's log-probability, which costs a pass over the row of logits.
     """
 
     shape: Filter
@@ -31,6 +32,7 @@ class Draw:
     counter: int = 0
     greedy: bool = False
     context: Sequence[int] | None = None
+    logprob: bool = False
 
 
 @dataclass(slots=True)

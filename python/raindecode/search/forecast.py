@@ -6,7 +6,7 @@ A wrong guess costs forwards and nothing else: the search takes the results it a
 from __future__ import annotations
 
 from raindecode.search.leaf_work import LeafWork, LeafWorks
-from raindecode.search.rain_tree import SearchNode
+from raindecode.search.rain_tree import SearchNode, normalised
 
 _LONGEST = 64  # iterations played at most
 
@@ -42,8 +42,7 @@ def start_ahead(works: LeafWorks, remaining: int, room: int, *, doubted: bool = 
             value = -guess(leaf) if doubted else guess(leaf)
             doubted = False
         if work.candidates is not None and work is not leaf.result:
-            chances = [c.prob for c in work.candidates]
-            first = statistics.expand(slots[-1], chances, len(work.candidates[0].tokens))
+            first = statistics.expand(slots[-1], normalised(work.candidates), len(work.candidates[0].tokens))
             for k, candidate in enumerate(work.candidates):
                 nodes[first + k] = leaf.child_ahead(candidate.tokens)
         elif not works.ended(leaf):
@@ -57,7 +56,7 @@ def start_ahead(works: LeafWorks, remaining: int, room: int, *, doubted: bool = 
             if works.ended(nodes[best.slot]):
                 break
             statistics.reroot(best.slot)
-            remaining = rain.iterations(statistics.root_visits())
+            remaining = rain.iterations(statistics.node(statistics.root).direct_visits)
     return started
 
 

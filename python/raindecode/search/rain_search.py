@@ -61,7 +61,7 @@ class RainSearch:
         trees: list[dict[str, Any]] = []
         statistics, reason = self.tree.statistics, None
         while reason is None:
-            self._remaining = self.rain.iterations(statistics.root_visits())
+            self._remaining = self.rain.iterations(statistics.node(statistics.root).direct_visits)
             while self._remaining > 0:
                 yield from self._iteration()
                 self._remaining -= 1

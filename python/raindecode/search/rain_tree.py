@@ -1,4 +1,4 @@
-"""The search tree of one RAIN request: nodes with their tokens and branches; their statistics are in statistics.py."""
+"""The search tree of one RAIN request: nodes with their tokens and branches; their statistics are a SingleTree of rainkernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from raindecode.engine.branch import Branch, Tab
 from raindecode.search.context import SearchContext
 from raindecode.search.rain_sets import Candidate
-from raindecode.search.statistics import Statistics
+from rainkernels.ops.tree_single import SingleTree
 
 if TYPE_CHECKING:
     from raindecode.search.leaf_work import LeafWork
@@ -78,7 +78,8 @@ class RainTree:
         self._ledger = context.ledger
         # Work on a node may never be used: `book` counts what it ran, and not its branch.
         self._tab = Tab(context.ledger)
-        self.statistics = Statistics(rain.tree_config(dimension))
+        # float64 as the official code: a mean value of exactly 0.8 must not pass "more than 0.8" by rounding.
+        self.statistics = SingleTree(rain.tree_config(dimension))
         self.root = SearchNode(self.statistics.root, None, (), 0)
         self.root.branch = context.engine.open(self._tab, ())
         self.root.hashes = self.root.branch.append(context.request.prompt_ids)
@@ -112,7 +113,7 @@ class RainTree:
 
     def expand(self, leaf: SearchNode, candidates: list[Candidate]) -> None:
         """Give a leaf its children, priors normalised over the candidates."""
-        first = self.statistics.expand(leaf.slot, [c.prob for c in candidates], len(candidates[0].tokens))
+        first = self.statistics.expand(leaf.slot, normalised(candidates), len(candidates[0].tokens))
         leaf.candidates = list(candidates)
         for k, candidate in enumerate(candidates):
             self._adopt(leaf, first + k, candidate.tokens)
@@ -192,3 +193,9 @@ class RainTree:
         node.slot = slot
         self._nodes[slot] = node
         self._children.setdefault(parent.slot, []).append(node)
+
+
+def normalised(candidates: list[Candidate]) -> list[float]:
+    """Priors of candidates."""
+    total = sum(c.prob for c in candidates)
+    return [c.prob / total for c in candidates]

@@ -65,7 +65,7 @@ class Sampling:
         penalised = list(request.prompt_ids) if shape.repetition_penalty != 1.0 else None
         while answer.finish_reason is None:
             counter = name_draw(0, branch.length, _PURPOSE)
-            got = yield [Want(branch, draws=[Draw(shape, request.seed, counter, context=penalised)])]
+            got = yield [Want(branch, draws=[Draw(shape, request.seed, counter, context=penalised, logprob=True)])]
             drawn = got[0].drawn[0]
             answer.push(drawn.token, drawn.logprob)
             branch.append([drawn.token])
