@@ -13,6 +13,7 @@ void bind_kv(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_logits(py::module_& m);
 void bind_edits(py::module_& m);
+void bind_decoder(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "rainkernels native lanes. Takes raw addresses: call it through rainkernels.ops, which checks them.";
@@ -34,4 +35,5 @@ PYBIND11_MODULE(_C, m) {
   bind_attention(m);
   bind_logits(m);
   bind_edits(m);
+  bind_decoder(m);
 }

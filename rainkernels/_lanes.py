@@ -24,6 +24,7 @@ FAMILY_LANES: dict[str, dict[str, tuple[Lane, ...]]] = {
     "attention": {"cpu": ("cpu", "triton"), "cuda": ("triton",)},
     "logits": {"cpu": ("cpu", "triton"), "cuda": ("triton",)},
     "edits": {"cpu": ("cpu", "triton"), "cuda": ("triton",)},
+    "decoder": {"cpu": ("cpu",)},
 }
 
 _KEY = os.environ.encodekey("RAINKERNELS_LANE")

@@ -60,7 +60,8 @@ py::tuple mix_sample(const py::tuple& models, int dtype, int rows, int vocab, ad
   return py::make_tuple(static_cast<int>(fault.rule), fault.row);
 }
 
-// Numbers of draws; every draw is 24 bytes of `names`: key, and low and high half of the counter, in the machine's order.
+// Numbers of draws; every draw is 24 bytes of `names`: key, and low and high half of the counter, in the machine's
+// order.
 std::vector<double> philox_uniforms(const std::string& names) {
   std::vector<double> numbers(names.size() / 24);
   for (size_t i = 0; i < numbers.size(); ++i) {

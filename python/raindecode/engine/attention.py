@@ -33,10 +33,15 @@ class KVPool:
         """Pools of layer `index`; `key` and `value` `[T, num_kv_heads, head_dim]` give shape and dtype at first use."""
         pools = self.layers.get(index)
         if pools is None:
-            pools = self.layers[index] = (self._zeros(key), self._zeros(value))
+            pools = self.layers[index] = (self.zeros(key), self.zeros(value))
         return pools
 
-    def _zeros(self, like: Tensor) -> Tensor:
+    def zeros(self, like: Tensor) -> Tensor:
+        """[num_slots, ...] zeros in the dtype and the row shape of `like`.
+
+        Raises:
+            CapacityError: they do not fit in memory.
+        """
         try:
             return torch.zeros(self.num_slots, *like.shape[1:], dtype=like.dtype, device=self.device)
         except RuntimeError as error:  # covers torch.OutOfMemoryError
@@ -118,9 +123,7 @@ def rain_tree_attention(
     return attend(index, q, k, v, context, options).unsqueeze(0), None
 
 
-def attend(
-    index: int, q: Tensor, k: Tensor, v: Tensor, context: TreeContext, options: AttentionOptions
-) -> Tensor:
+def attend(index: int, q: Tensor, k: Tensor, v: Tensor, context: TreeContext, options: AttentionOptions) -> Tensor:
     """Write the K/V of a step to layer `index` of the pool and attend over the tree: [T, heads, head_dim] in and out."""
     k_pool, v_pool = context.pool.layer(index, k, v)
     kv_write(k, v, k_pool, v_pool, context.slot_mapping)

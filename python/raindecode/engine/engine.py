@@ -269,7 +269,9 @@ class Engine:
         draws = [d for task, i, _, _ in plan.served for d in task.wants[i].draws]
         numbers = iter(uniforms([d.key for d in draws], [d.counter for d in draws])) if draws else iter(())
         failed: dict[Task, BaseException] = {}
-        self._shaped = _shape_together((task.wants[i].draws, logits.get(slot, kept)) for task, i, slot, kept in plan.served)
+        self._shaped = _shape_together(
+            (task.wants[i].draws, logits.get(slot, kept)) for task, i, slot, kept in plan.served
+        )
         for task, i, slot, kept in plan.served:
             want = task.wants[i]
             mine = [next(numbers) for _ in want.draws]

@@ -2,12 +2,12 @@
 
 transformers stays the model library: weights, rotary tables and activations are its own, and its forward is what the fused
 one is compared with when a model is loaded (probe.py). Here q, k and v (and gate and up) are one product each, residual adds
-are fused with the norms, and nothing is dispatched through modules. On a small model or a fast GPU that is most of a step.
+are fused with the norms, and nothing is dispatched through modules: in float32 on a CPU a forward is one native call
+(rainkernels.ops.decoder). On a small model or a fast GPU that is most of a step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,83 +15,59 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from transformers import PreTrainedModel
 
-from raindecode.engine.attention import AttentionOptions, TreeContext, attend
+from raindecode.engine.attention import AttentionOptions, KVPool, TreeContext, attend
 from raindecode.engine.batch import TokenBatch
 from raindecode.engine.rotary import NotFusible, RotaryTable
+from rainkernels.ops.decoder import BlockWeights, DecoderStack, LinearWeight, NormWeight, StackWeights, decoder_lane
 from rainkernels.ops.edits import add_edit_rmsnorm
 
 _BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-
-
-@dataclass(frozen=True)
-class _Norm:
-    """RMSNorm: weight times the normalised row."""
-
-    weight: Tensor
-    eps: float
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual += x; the norm of the sum."""
-        return add_edit_rmsnorm(x, residual, self.weight, None, None, eps=self.eps).normed
-
-    def heads(self, x: Tensor) -> Tensor:
-        """The norm of every head's row of `x` [T, heads, head_dim]."""
-        rows = x.reshape(-1, x.shape[-1])
-        return self.add(rows, torch.zeros_like(rows)).view(x.shape)
-
-
-@dataclass(frozen=True)
-class _Product:
-    """One or several nn.Linear over the same input as one product."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class _Block:
-    index: int
-    options: AttentionOptions
-    attention_norm: _Norm
-    qkv: _Product
-    head_norms: tuple[_Norm, _Norm] | None
-    out: _Product
-    mlp_norm: _Norm
-    gate_up: _Product
-    act: nn.Module
-    down: _Product
+_SILU = {"SiLU", "SiLUActivation", "RowwiseSiLU"}
 
 
 class FusedModel:
     """See the module's text.
 
+    Args:
+        options: what every layer tells its attention.
+
     Raises:
-        NotFusible: the model is not of this form; the message says where.
+        NotFusible: the model is not of this form; the message says where, and nothing has changed.
     """
 
     def __init__(self, model: PreTrainedModel, options: dict[int, AttentionOptions]) -> None:
-        base = model.base_model
+        base: Any = model.base_model
+        head: Any = model.get_output_embeddings()
         config = model.config.get_text_config()
         _expect(base, {"embed_tokens", "layers", "norm", "rotary_emb"})
-        self._base = base
-        self.head_dim = int(base.layers[0].self_attn.head_dim)
-        self.num_kv_heads = int(config.num_key_value_heads)
-        self.rotary = RotaryTable(base.rotary_emb, config, self.head_dim, model.dtype, model.device)
-        _plain_linear(model.get_output_embeddings(), "its language-model head")
         if type(base.embed_tokens) is not nn.Embedding:
             raise NotFusible(f"its embedding is a {type(base.embed_tokens).__name__}")
+        _plain_linear(head, "its language-model head")
+        head_dim = getattr(getattr(base.layers[0], "self_attn", None), "head_dim", None)
         for index, layer in enumerate(base.layers):
-            _check_block(layer, index, options, self.head_dim)
-        self.norm = _norm(base.norm)
-        self._head = model.get_output_embeddings()
-        self.blocks = [_block(layer, index, options[index]) for index, layer in enumerate(base.layers)]
+            _check_block(layer, index, options, head_dim)
+        final_norm = _norm(base.norm)
+        self.rotary = RotaryTable(base.rotary_emb, config, int(head_dim), model.dtype, model.device)
+        self._base = base
         self._modules = [(parent, name, child) for parent in base.modules() for name, child in parent.named_children()]
+        self._acts = [layer.mlp.act_fn for layer in base.layers]
+        self.weights = StackWeights(
+            embedding=base.embed_tokens.weight.data,
+            blocks=tuple(_block(layer, options[index]) for index, layer in enumerate(base.layers)),
+            norm=final_norm,
+            head=_joined(head),
+            num_qo_heads=base.layers[0].self_attn.q_proj.out_features // head_dim,
+            num_kv_heads=base.layers[0].self_attn.k_proj.out_features // head_dim,
+            head_dim=int(head_dim),
+        )
+        self._stack: DecoderStack | None = None
+        self._pool: KVPool | None = None  # that the stack writes to
+        in_native = model.device.type == "cpu" and model.dtype == torch.float32 and decoder_lane() == "cpu"
+        if in_native and all(type(act).__name__ in _SILU for act in self._acts):
+            self._stack = DecoderStack(self.weights)
 
     @property
     def is_current(self) -> bool:
@@ -104,43 +80,67 @@ class FusedModel:
             for parent, name, child in self._modules
         )
 
-    def forward(self, batch: TokenBatch, context: TreeContext, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: TokenBatch, context: TreeContext, wanted: Tensor, states: Tensor) -> Tensor:
         """Run a batch.
 
         Args:
             wanted: [n] int64 rows whose logits are wanted.
+            states: [num_slots, hidden_size]; final states, after the last norm, are written to the rows' slots.
         Returns:
-            Final hidden states [T, hidden_size], after the last norm, and logits [n, vocabulary].
+            Logits [n, vocabulary].
         """
-        x = embedding(batch.input_ids[0], self._base.embed_tokens.weight)
+        cos, sin = self.rotary.upto(batch.max_position)
+        ids, positions = batch.input_ids[0], batch.position_ids[0]
+        if self._stack is None:
+            rows, logits = self._forward(ids, cos[positions][:, None], sin[positions][:, None], context, wanted)
+            states.index_copy_(0, batch.slot_mapping.long(), rows)
+            return logits
+        if context.pool is not self._pool:
+            heads = torch.empty(0, self.weights.num_kv_heads, self.weights.head_dim)
+            self._stack.set_pools([context.pool.layer(i, heads, heads) for i in range(len(self._acts))])
+            self._pool = context.pool
+        return self._stack.step(ids, positions, batch.slot_mapping, context.plan, cos, sin, wanted, states=states)
+
+    def _forward(
+        self, ids: Tensor, cos: Tensor, sin: Tensor, context: TreeContext, wanted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same in operations of PyTorch and rainkernels, for every device and dtype."""
+        weights = self.weights
+        x = embedding(ids, weights.embedding)
         residual = torch.zeros_like(x)
-        cos, sin = self.rotary.rows(batch.position_ids[0], batch.max_position)
-        for block in self.blocks:
-            normed = block.attention_norm.add(x, residual)
-            normed = block.mlp_norm.add(self._attend(block, normed, cos, sin, context), residual)
-            gate, up = block.gate_up(normed).chunk(2, dim=-1)
-            x = block.down(block.act(gate).mul_(up))
-        hidden = self.norm.add(x, residual)
-        return hidden, self._head(hidden[wanted])
+        for index, (block, act) in enumerate(zip(weights.blocks, self._acts, strict=True)):
+            heads = linear(_add_norm(x, residual, block.attention_norm), *block.qkv).view(
+                len(ids), -1, weights.head_dim
+            )
+            x = linear(self._attend(index, block, heads, cos, sin, context), *block.out)
+            gate, up = linear(_add_norm(x, residual, block.mlp_norm), *block.gate_up).chunk(2, dim=-1)
+            x = linear(act(gate).mul_(up), *block.down)
+        states = _add_norm(x, residual, weights.norm)
+        return states, linear(states[wanted], *weights.head)
 
-    def _attend(self, block: _Block, x: Tensor, cos: Tensor, sin: Tensor, context: TreeContext) -> Tensor:
-        heads = block.qkv(x).view(len(x), -1, self.head_dim)
-        keys = self.num_kv_heads
+    def _attend(
+        self, index: int, block: BlockWeights, heads: Tensor, cos: Tensor, sin: Tensor, context: TreeContext
+    ) -> Tensor:
+        """Attention of one layer; heads [T, num_qo_heads + 2 num_kv_heads, head_dim]."""
+        keys = self.weights.num_kv_heads
         qk, v = heads[:, :-keys], heads[:, -keys:]
-        if block.head_norms is not None:
-            q_norm, k_norm = block.head_norms
-            qk = torch.cat((q_norm.heads(qk[:, :-keys]), k_norm.heads(qk[:, -keys:])), dim=1)
-        qk = rotate(qk, cos, sin)
-        q, k = qk[:, :-keys], qk[:, -keys:]
-        mixed = attend(block.index, q, k, v, context, block.options)
-        return block.out(mixed.view(len(x), -1))
+        if block.q_norm is not None and block.k_norm is not None:
+            qk = torch.cat((_head_norm(qk[:, :-keys], block.q_norm), _head_norm(qk[:, -keys:], block.k_norm)), dim=1)
+        half = qk.shape[-1] // 2
+        qk = (qk * cos).add_(torch.cat((qk[..., half:], qk[..., :half]), dim=-1).mul_(sin))
+        options = AttentionOptions(block.softmax_scale, block.softcap, block.sliding_window, block.sinks)
+        return attend(index, qk[:, :-keys], qk[:, -keys:], v, context, options).flatten(1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [T, heads, head_dim]; cos, sin [T, 1, head_dim], the first half of sin negative."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos).add_(turned.mul_(sin))
+def _add_norm(x: Tensor, residual: Tensor, norm: NormWeight) -> Tensor:
+    """residual += x; the norm of the sum."""
+    return add_edit_rmsnorm(x, residual, norm.weight, None, None, eps=norm.eps).normed
+
+
+def _head_norm(x: Tensor, norm: NormWeight) -> Tensor:
+    """The norm of every head's row of `x` [T, heads, head_dim]."""
+    rows = x.reshape(-1, x.shape[-1])
+    return _add_norm(rows, torch.zeros_like(rows), norm).view(x.shape)
 
 
 def _expect(module: nn.Module, names: set[str], optional: frozenset[str] | set[str] = frozenset()) -> None:
@@ -149,11 +149,10 @@ def _expect(module: nn.Module, names: set[str], optional: frozenset[str] | set[s
         raise NotFusible(f"its {type(module).__name__} is made of {', '.join(sorted(children))}")
 
 
-def _check_block(layer: nn.Module, index: int, options: dict[int, AttentionOptions], head_dim: int) -> None:
+def _check_block(layer: Any, index: int, options: dict[int, AttentionOptions], head_dim: object) -> None:
     """Everything is checked before any weight moves."""
-    attention: Any = layer.self_attn
-    mlp: Any = layer.mlp
     _expect(layer, _BLOCK)
+    attention, mlp = layer.self_attn, layer.mlp
     _expect(attention, _ATTENTION, _HEAD_NORMS)
     _expect(mlp, _MLP)
     if index not in options:
@@ -162,17 +161,16 @@ def _check_block(layer: nn.Module, index: int, options: dict[int, AttentionOptio
         for name in names:
             _plain_linear(getattr(parent, name), f"{name} of layer {index}")
     for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
-        if len({linear.bias is None for linear in group}) > 1:
+        if len({part.bias is None for part in group}) > 1:
             raise NotFusible(f"some of the products of layer {index} have a bias and some have none")
     if attention.v_proj.out_features != attention.k_proj.out_features or attention.head_dim != head_dim:
         raise NotFusible(f"the heads of layer {index} differ in width")
-    if hasattr(attention, "q_norm") != hasattr(attention, "k_norm"):
-        raise NotFusible(f"layer {index} norms only one of queries and keys")
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    if hasattr(attention, "q_norm"):
-        norms += [attention.q_norm, attention.k_norm]
-        if any(norm.weight.shape != (head_dim,) for norm in norms[2:]):
-            raise NotFusible(f"layer {index} norms queries over all heads")
+    if hasattr(attention, "q_norm") or hasattr(attention, "k_norm"):
+        head_norms = [getattr(attention, name, None) for name in sorted(_HEAD_NORMS)]
+        if any(getattr(getattr(norm, "weight", None), "shape", None) != (head_dim,) for norm in head_norms):
+            raise NotFusible(f"layer {index} norms queries and keys otherwise than head by head")
+        norms += head_norms
     for norm in norms:
         _norm(norm)
 
@@ -182,38 +180,44 @@ def _plain_linear(module: Any, what: str) -> None:
         raise NotFusible(f"{what} is a {type(module).__name__}")
 
 
-def _norm(module: Any) -> _Norm:
+def _norm(module: Any) -> NormWeight:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
-    if "RMSNorm" not in type(module).__name__ or eps is None or weight is None or getattr(module, "bias", None) is not None:
+    if (
+        "RMSNorm" not in type(module).__name__
+        or eps is None
+        or weight is None
+        or getattr(module, "bias", None) is not None
+    ):
         raise NotFusible(f"it has a {type(module).__name__}")
-    return _Norm(weight.data, float(eps))
+    return NormWeight(weight.data, float(eps))
 
 
-def _block(layer: Any, index: int, options: AttentionOptions) -> _Block:
+def _block(layer: Any, options: AttentionOptions) -> BlockWeights:
     attention, mlp = layer.self_attn, layer.mlp
-    head_norms = (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
-    return _Block(
-        index=index,
-        options=options,
+    normed = hasattr(attention, "q_norm")
+    return BlockWeights(
         attention_norm=_norm(layer.input_layernorm),
         qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
-        head_norms=head_norms,
         out=_joined(attention.o_proj),
         mlp_norm=_norm(layer.post_attention_layernorm),
         gate_up=_joined(mlp.gate_proj, mlp.up_proj),
-        act=mlp.act_fn,
         down=_joined(mlp.down_proj),
+        softmax_scale=options.scale,
+        q_norm=_norm(attention.q_norm) if normed else None,
+        k_norm=_norm(attention.k_norm) if normed else None,
+        softcap=options.softcap,
+        sliding_window=options.window,
+        sinks=options.sinks,
     )
 
 
-def _joined(*parts: nn.Linear) -> _Product:
+def _joined(*parts: nn.Linear) -> LinearWeight:
     """The products as one. The parameters become views of the joined memory, so nothing is held twice."""
     if len(parts) == 1:
-        return _Product(parts[0].weight.data, None if parts[0].bias is None else parts[0].bias.data)
+        return LinearWeight(parts[0].weight.data, None if parts[0].bias is None else parts[0].bias.data)
     weight = _merge([part.weight for part in parts])
-    bias = None if parts[0].bias is None else _merge([part.bias for part in parts])
-    return _Product(weight, bias)
+    return LinearWeight(weight, None if parts[0].bias is None else _merge([part.bias for part in parts]))
 
 
 def _merge(parts: list[nn.Parameter]) -> Tensor:

@@ -74,10 +74,10 @@ class ModelRunner:
         context = TreeContext(self.pool, batch.slot_mapping, batch.plan)
         index = torch.tensor(list(wanted) or [0], device=self.device)
         if self.fused is not None and self.fused.is_current:
-            states, logits = self.fused.forward(batch, context, index)
-        else:
-            states, logits = self._forward_stock(batch, context, index)
-        self._keep_hidden(states, batch.slot_mapping)
+            return self.fused.forward(batch, context, index, self._states_pool(self.fused.weights.embedding))
+        states, logits = self._forward_stock(batch, context, index)
+        if states is not None:
+            self._states_pool(states).index_copy_(0, batch.slot_mapping.long(), states)
         return logits
 
     def _forward_stock(self, batch: TokenBatch, context: TreeContext, index: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -140,12 +140,11 @@ class ModelRunner:
     def _catch_hidden(self, _module: object, _args: object, output: Any) -> None:
         self._last_hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
 
-    def _keep_hidden(self, states: Tensor | None, slot_mapping: Tensor) -> None:
-        if states is None:
-            return
+    def _states_pool(self, like: Tensor) -> Tensor:
+        """[num_slots, hidden_size], in the dtype of `like` [.., hidden_size]."""
         if self.hidden is None:
-            self.hidden = torch.zeros(self.pool.num_slots, states.shape[-1], dtype=states.dtype, device=self.device)
-        self.hidden.index_copy_(0, slot_mapping.long(), states)
+            self.hidden = self.pool.zeros(like)
+        return self.hidden
 
     def _check_layers(self, context: TreeContext) -> None:
         text = self.model.config.get_text_config()

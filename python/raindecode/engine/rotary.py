@@ -9,7 +9,9 @@ from torch import Tensor
 
 # Whose frequencies depend on the position alone; "dynamic" and "longrope" change with the length of a forward.
 _STATIC_TYPES = {"default", "linear", "llama3", "yarn"}
-_BLOCK = 1024  # positions computed at once: always the same, so that a position has the same bits whenever it is first met
+_BLOCK = (
+    1024  # positions computed at once: always the same, so that a position has the same bits whenever it is first met
+)
 
 
 class NotFusible(Exception):
@@ -34,24 +36,24 @@ class RotaryTable:
             raise NotFusible(f"its rotary embedding is {rope.get('rope_type')!r}")
         self._module = module
         self._like = torch.empty(1, dtype=dtype, device=device)
-        self._cos = self._sin = torch.empty(0, 1, head_dim, dtype=dtype, device=device)
+        self._cos = self._sin = torch.empty(0, head_dim, dtype=dtype, device=device)
         self._grow()
 
-    def rows(self, position_ids: Tensor, max_position: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [n, 1, head_dim] of positions [n], none above `max_position`; sines of the first half negative."""
+    def upto(self, max_position: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [n, head_dim] of the positions from 0, n > `max_position`; the first half of a row of sines negative."""
         while max_position >= len(self._cos):
             self._grow()
-        return self._cos[position_ids], self._sin[position_ids]
+        return self._cos, self._sin
 
     @torch.inference_mode()
     def _grow(self) -> None:
-        first, head_dim = len(self._cos), self._cos.shape[2]
+        first, head_dim = self._cos.shape
         positions = torch.arange(first, first + _BLOCK, device=self._like.device)[None]
         try:
-            cos, sin = (part[0, :, None] for part in self._module(self._like, positions))
+            cos, sin = (part[0] for part in self._module(self._like, positions))
         except (TypeError, ValueError, IndexError) as error:
             raise NotFusible(f"its rotary module takes other arguments ({error})") from error
-        if cos.shape[2] != head_dim:
-            raise NotFusible(f"it turns {cos.shape[2]} of the {head_dim} dimensions of a head")
+        if cos.shape[1] != head_dim:
+            raise NotFusible(f"it turns {cos.shape[1]} of the {head_dim} dimensions of a head")
         sin = torch.cat((-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]), dim=-1)
         self._cos, self._sin = torch.cat((self._cos, cos)), torch.cat((self._sin, sin))

@@ -108,9 +108,7 @@ class Shaped:
         return float(self._row[token]) - self._lse
 
 
-def draw(
-    logits: LogitsRow, shape: Filter, uniform: float | None, context: Sequence[int] | None = None
-) -> Drawn:
+def draw(logits: LogitsRow, shape: Filter, uniform: float | None, context: Sequence[int] | None = None) -> Drawn:
     """Draw one token from one row.
 
     Args:

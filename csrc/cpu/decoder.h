@@ -1,0 +1,49 @@
+// What the driver of the decoder family and its per-ISA kernels share on the CPU.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "rainkernels/decoder.h"
+
+namespace rainkernels {
+
+struct DecoderStack {
+  Sgemm sgemm;
+  DecoderShape shape;
+  const float* embedding;  // [vocab, hidden]
+  std::vector<DecoderBlock> blocks;
+  RmsNorm norm;
+  Linear head;
+};
+
+enum class StepRule : int { ok = 0, id, position, slot, wanted };
+
+struct StepFault {
+  StepRule rule;
+  int64_t index;
+};
+
+int64_t decoder_workspace_floats(const DecoderShape& shape, int rows, int num_wanted);
+// Runs the step, unless a rule is broken: then nothing is written.
+StepFault decoder_step(const DecoderStack& stack, const DecoderStep& step);
+
+struct DecoderKernels {
+  // One row of q, k and v: norms the heads where there are norms, turns q and k; q stays, k and v go to their slots.
+  void (*rotate_row)(const DecoderShape& shape, const DecoderBlock& block, float* qkv, const float* cos,
+                     const float* sin, float* k, float* v);
+  // out = silu(gate) * up; gate_up holds n gates, then n ups.
+  void (*gated_row)(const float* gate_up, float* out, int n);
+};
+
+namespace baseline {
+extern const DecoderKernels decoder_kernels;
+}
+namespace avx2 {
+extern const DecoderKernels decoder_kernels;
+}
+namespace avx512 {
+extern const DecoderKernels decoder_kernels;
+}
+
+}  // namespace rainkernels

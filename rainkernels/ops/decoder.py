@@ -1,0 +1,300 @@
+"""A stack of Llama-like decoder blocks run over one step of token rows in a single native call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rainkernels._blas import sgemm_address
+from rainkernels._checks import check_int, check_real, check_tensor
+from rainkernels._lanes import choose_lane, native
+from rainkernels.errors import RangeError, ShapeError
+from rainkernels.ops._attention_plan import AttentionPlan, layout_of
+from rainkernels.ops.attention import tree_attention
+from rainkernels.reference import decoder as reference
+
+__all__ = ["BlockWeights", "DecoderStack", "LinearWeight", "NormWeight", "StackWeights", "decoder_lane"]
+
+_CPU = torch.device("cpu")
+# Order shared with csrc/cpu/decoder.h (enum StepRule).
+_RULES = (
+    "", "ids[{i}] is {value}, allowed: 0 to {vocab} - 1", "positions[{i}] is {value}, allowed: 0 to {positions} - 1",
+    "slots[{i}] is {value}, allowed: 0 to {slots} - 1", "wanted[{i}] is {value}, allowed: 0 to {rows} - 1",
+)  # fmt: skip
+
+
+class LinearWeight(NamedTuple):
+    """weight [out, in], bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class NormWeight(NamedTuple):
+    """RMSNorm: weight [dim], eps."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One decoder block.
+
+    Shapes (D = head_dim, all float32):
+        attention_norm, mlp_norm: [hidden]
+        qkv: [(num_qo_heads + 2 num_kv_heads) D, hidden], rows of q, then k, then v
+        q_norm, k_norm: [D], over each head before it is turned; both or neither
+        out: [hidden, num_qo_heads D]
+        gate_up: [2 intermediate, hidden], rows of the gate, then of up; down: [hidden, intermediate]
+        softmax_scale, softcap, sliding_window, sinks: as in `tree_attention`
+    """
+
+    attention_norm: NormWeight
+    qkv: LinearWeight
+    out: LinearWeight
+    mlp_norm: NormWeight
+    gate_up: LinearWeight
+    down: LinearWeight
+    softmax_scale: float
+    q_norm: NormWeight | None = None
+    k_norm: NormWeight | None = None
+    softcap: float = 0.0
+    sliding_window: int = 0
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StackWeights:
+    """embedding [vocab, hidden], blocks, norm [hidden], head [vocab, hidden]; heads of head_dim, a multiple of 2."""
+
+    embedding: Tensor
+    blocks: tuple[BlockWeights, ...]
+    norm: NormWeight
+    head: LinearWeight
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def decoder_lane() -> str:
+    """The lane a DecoderStack takes: "cpu" where there is native code and torch exports its BLAS, else "reference"."""
+    lane = choose_lane("decoder", _CPU)
+    return "reference" if lane == "cpu" and not sgemm_address() else lane
+
+
+class DecoderStack:
+    """The blocks of one model on the cpu, in float32.
+
+    A block: x += out(attention(rotary(norm(qkv(norm(x)))))), x += down(silu(gate) * up). Products are torch's own sgemm; where
+    that is row-invariant (MKL's strict mode), so is a step: a row's bits do not depend on the other rows, threads or
+    instruction set.
+
+    Raises:
+        DeviceError, DtypeError, ShapeError, StrideError, RangeError: naming the weight.
+    Source: Touvron et al., Llama, 2023.  Reference: rainkernels.reference.decoder.step
+    """
+
+    def __init__(self, weights: StackWeights) -> None:
+        _check_stack(weights)
+        self.weights = weights
+        self._pools: list[tuple[Tensor, Tensor]] = []
+        self._num_slots = 0
+        self._room = torch.empty(0)
+        self._attention_room = torch.empty(0)
+        self._native: Any = None
+        if decoder_lane() == "cpu":
+            self._native = _native_stack(weights)
+
+    def set_pools(self, pools: list[tuple[Tensor, Tensor]]) -> None:
+        """K and V pool of every block, [num_slots, num_kv_heads, head_dim] float32 each; steps write to them."""
+        w = self.weights
+        if len(pools) != len(w.blocks):
+            raise ShapeError(f"{len(pools)} pairs of pools were given for {len(w.blocks)} blocks: give one each")
+        slots = pools[0][0].shape[0]
+        for i, pair in enumerate(pools):
+            for name, pool in zip(("k", "v"), pair, strict=True):
+                shape = (slots, w.num_kv_heads, w.head_dim)
+                check_tensor(f"pools[{i}].{name}", pool, dtype=torch.float32, shape=shape, device=_CPU)
+        self._pools, self._num_slots = list(pools), slots
+        if self._native is not None:
+            self._native.set_pools([k.data_ptr() for k, _ in pools], [v.data_ptr() for _, v in pools])
+
+    def step(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, cos: Tensor, sin: Tensor, wanted: Tensor,
+        *, states: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Run rows of tokens through the blocks.
+
+        Shapes:
+            ids, positions: [T] int64;  slots: [T] int32, where each row's K and V go
+            plan:     of these rows, over these slots
+            cos, sin: [num_positions, head_dim] float32, the first half of every row of `sin` negative
+            wanted:   [n] int64, rows whose logits are wanted
+            states:   [num_slots, hidden] float32; each row's final state, after the last norm, is written to its slot
+        Returns:
+            logits [n, vocab] float32
+        Raises:
+            DeviceError, DtypeError, ShapeError, StrideError, RangeError: naming the argument; nothing was written.
+        """
+        w = self.weights
+        rows, threads = self._check_step(ids, positions, slots, plan, cos, sin, wanted, states), torch.get_num_threads()
+        logits = torch.empty(len(wanted), w.head.weight.shape[0])
+        if self._native is None:
+            return self._reference(ids, positions, slots, plan, cos, sin, wanted, states)
+        layout = layout_of(plan, w.num_qo_heads // w.num_kv_heads)
+        sizes = (layout.data_ptr(), w.num_qo_heads, w.num_kv_heads, w.head_dim, w.head_dim, threads)
+        self._attention_room = _at_least(self._attention_room, native().attention_workspace_floats(*sizes))
+        self._room = _at_least(self._room, self._native.workspace_floats(rows, len(wanted)))
+        rule, index = self._native.step(
+            ids.data_ptr(), positions.data_ptr(), slots.data_ptr(), rows, cos.data_ptr(), sin.data_ptr(), cos.shape[0],
+            self._num_slots, layout.data_ptr(), self._attention_room.data_ptr(), self._room.data_ptr(),
+            0 if states is None else states.data_ptr(), wanted.data_ptr(), len(wanted), logits.data_ptr(), threads,
+        )  # fmt: skip
+        if rule:
+            value = int((ids, positions, slots, wanted)[rule - 1][index])
+            raise RangeError(
+                _RULES[rule].format(
+                    i=index,
+                    value=value,
+                    vocab=w.embedding.shape[0],
+                    positions=cos.shape[0],
+                    slots=self._num_slots,
+                    rows=rows,
+                )
+            )
+        return logits
+
+    def _check_step(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, cos: Tensor, sin: Tensor, wanted: Tensor,
+        states: Tensor | None,
+    ) -> int:  # fmt: skip
+        w = self.weights
+        check_tensor("ids", ids, dtype=torch.int64, shape=(None,), device=_CPU)
+        rows = ids.shape[0]
+        check_tensor("positions", positions, dtype=torch.int64, shape=(rows,), device=_CPU)
+        check_tensor("slots", slots, dtype=torch.int32, shape=(rows,), device=_CPU)
+        check_tensor("cos", cos, dtype=torch.float32, shape=(None, w.head_dim), device=_CPU)
+        check_tensor("sin", sin, dtype=torch.float32, shape=cos.shape, device=_CPU)
+        check_tensor("wanted", wanted, dtype=torch.int64, shape=(None,), device=_CPU)
+        if states is not None:
+            check_tensor(
+                "states", states, dtype=torch.float32, shape=(self._num_slots, w.norm.weight.shape[0]), device=_CPU
+            )
+        if not self._pools:
+            raise ShapeError("there are no pools yet: call set_pools() first")
+        if plan.num_rows != rows:
+            raise ShapeError(f"ids has {rows} rows, the plan has {plan.num_rows}: build the plan from the same batch")
+        if plan.max_slot >= self._num_slots:
+            raise RangeError(f"plan names slot {plan.max_slot}, the pools have {self._num_slots}")
+        return rows
+
+    def _reference(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, cos: Tensor, sin: Tensor, wanted: Tensor,
+        states: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        def attend(q: Tensor, k_pool: Tensor, v_pool: Tensor, block: BlockWeights) -> Tensor:
+            return tree_attention(
+                q, k_pool, v_pool, plan, softmax_scale=block.softmax_scale, softcap=block.softcap,
+                sliding_window=block.sliding_window, sinks=block.sinks,
+            )  # fmt: skip
+
+        w = self.weights
+        limits = ((ids, w.embedding.shape[0]), (positions, len(cos)), (slots, self._num_slots), (wanted, len(ids)))
+        for rule, (values, limit) in enumerate(limits, start=1):
+            wrong = torch.nonzero((values < 0) | (values >= limit)).flatten()
+            if len(wrong):
+                i = int(wrong[0])
+                raise RangeError(
+                    _RULES[rule].format(
+                        i=i, value=int(values[i]), vocab=limit, positions=limit, slots=limit, rows=limit
+                    )
+                )
+        with torch.no_grad():
+            final, logits = reference.step(w, ids, positions, slots, self._pools, attend, cos, sin, wanted)
+            if states is not None:
+                states[slots.long()] = final
+        return logits
+
+
+def _at_least(room: Tensor, floats: int) -> Tensor:
+    return room if len(room) >= floats else torch.empty(floats + floats // 4)
+
+
+def _native_stack(w: StackWeights) -> Any:
+    intermediate = w.blocks[0].down.weight.shape[1]
+    vocab, hidden = w.embedding.shape
+    shape = [hidden, intermediate, w.num_qo_heads, w.num_kv_heads, w.head_dim, vocab]
+    stack = native().DecoderStack(
+        sgemm_address(), shape, w.embedding.data_ptr(), w.norm.weight.data_ptr(), w.norm.eps, w.head.weight.data_ptr(),
+        _address(w.head.bias),
+    )  # fmt: skip
+    for block in w.blocks:
+        q_norm, k_norm = (None if n is None else n.weight for n in (block.q_norm, block.k_norm))
+        tensors = (
+            block.attention_norm.weight, *block.qkv, q_norm, k_norm, *block.out, block.mlp_norm.weight, *block.gate_up,
+            *block.down, block.sinks,
+        )  # fmt: skip
+        head_eps = 0.0 if block.q_norm is None else block.q_norm.eps
+        numbers = (block.attention_norm.eps, head_eps, block.mlp_norm.eps, block.softmax_scale, block.softcap)
+        stack.add_block([_address(t) for t in tensors], numbers, block.sliding_window)
+    return stack
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _check_stack(w: StackWeights) -> None:
+    check_int("num_kv_heads", w.num_kv_heads, 1)
+    check_int("num_qo_heads", w.num_qo_heads, 1)
+    check_int("head_dim", w.head_dim, 2)
+    if w.num_qo_heads % w.num_kv_heads or w.head_dim % 2:
+        raise ShapeError(
+            f"{w.num_qo_heads} query heads, {w.num_kv_heads} KV heads of {w.head_dim}: the first must be a multiple of the "
+            "second, the third even"
+        )
+    if not w.blocks:
+        raise ShapeError("blocks is empty: a stack has at least one block")
+    check_tensor("embedding", w.embedding, dtype=torch.float32, shape=(None, None), device=_CPU)
+    vocab, hidden = w.embedding.shape
+    _check_norm("norm", w.norm, hidden)
+    _check_linear("head", w.head, vocab, hidden)
+    queries, keys = w.num_qo_heads * w.head_dim, w.num_kv_heads * w.head_dim
+    intermediate = w.blocks[0].down.weight.shape[-1]
+    for i, block in enumerate(w.blocks):
+        name = f"blocks[{i}]."
+        _check_norm(name + "attention_norm", block.attention_norm, hidden)
+        _check_norm(name + "mlp_norm", block.mlp_norm, hidden)
+        _check_linear(name + "qkv", block.qkv, queries + 2 * keys, hidden)
+        _check_linear(name + "out", block.out, hidden, queries)
+        _check_linear(name + "gate_up", block.gate_up, 2 * intermediate, hidden)
+        _check_linear(name + "down", block.down, hidden, intermediate)
+        check_real(name + "softmax_scale", block.softmax_scale, "it must be finite in float32 and > 0", positive=True)
+        check_real(name + "softcap", block.softcap, "it must be finite in float32 and >= 0; 0 means none")
+        check_int(name + "sliding_window", block.sliding_window, 0, hint="tokens, 0 means none")
+        if block.sinks is not None:
+            check_tensor(name + "sinks", block.sinks, dtype=torch.float32, shape=(w.num_qo_heads,), device=_CPU)
+        if (block.q_norm is None) != (block.k_norm is None):
+            raise ShapeError(f"{name}q_norm and k_norm belong together: give both, or None for both")
+        if block.q_norm is not None and block.k_norm is not None:
+            _check_norm(name + "q_norm", block.q_norm, w.head_dim)
+            _check_norm(name + "k_norm", block.k_norm, w.head_dim)
+            if block.q_norm.eps != block.k_norm.eps:
+                raise RangeError(
+                    f"{name}q_norm has eps {block.q_norm.eps}, k_norm {block.k_norm.eps}: they must be equal"
+                )
+
+
+def _check_norm(name: str, norm: NormWeight, dim: int) -> None:
+    check_tensor(f"{name}.weight", norm.weight, dtype=torch.float32, shape=(dim,), device=_CPU)
+    check_real(f"{name}.eps", norm.eps, "it must be finite in float32 and >= 0")
+
+
+def _check_linear(name: str, linear: LinearWeight, rows: int, columns: int) -> None:
+    check_tensor(f"{name}.weight", linear.weight, dtype=torch.float32, shape=(rows, columns), device=_CPU)
+    if linear.bias is not None:
+        check_tensor(f"{name}.bias", linear.bias, dtype=torch.float32, shape=(rows,), device=_CPU)
