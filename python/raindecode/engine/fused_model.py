@@ -8,6 +8,7 @@ are fused with the norms, and nothing is dispatched through modules: in float32 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,11 +47,11 @@ class FusedModel:
         if type(base.embed_tokens) is not nn.Embedding:
             raise NotFusible(f"its embedding is a {type(base.embed_tokens).__name__}")
         _plain_linear(head, "its language-model head")
-        head_dim = getattr(getattr(base.layers[0], "self_attn", None), "head_dim", None)
+        head_dim = int(getattr(getattr(base.layers[0], "self_attn", None), "head_dim", 0))
         for index, layer in enumerate(base.layers):
             _check_block(layer, index, options, head_dim)
         final_norm = _norm(base.norm)
-        self.rotary = RotaryTable(base.rotary_emb, config, int(head_dim), model.dtype, model.device)
+        self.rotary = RotaryTable(base.rotary_emb, config, head_dim, model.dtype, model.device)
         self._base = base
         self._modules = [(parent, name, child) for parent in base.modules() for name, child in parent.named_children()]
         self._acts = [layer.mlp.act_fn for layer in base.layers]
@@ -61,7 +62,7 @@ class FusedModel:
             head=_joined(head),
             num_qo_heads=base.layers[0].self_attn.q_proj.out_features // head_dim,
             num_kv_heads=base.layers[0].self_attn.k_proj.out_features // head_dim,
-            head_dim=int(head_dim),
+            head_dim=head_dim,
         )
         self._stack: DecoderStack | None = None
         self._pool: KVPool | None = None  # that the stack writes to
@@ -149,7 +150,7 @@ def _expect(module: nn.Module, names: set[str], optional: frozenset[str] | set[s
         raise NotFusible(f"its {type(module).__name__} is made of {', '.join(sorted(children))}")
 
 
-def _check_block(layer: Any, index: int, options: dict[int, AttentionOptions], head_dim: object) -> None:
+def _check_block(layer: Any, index: int, options: dict[int, AttentionOptions], head_dim: int) -> None:
     """Everything is checked before any weight moves."""
     _expect(layer, _BLOCK)
     attention, mlp = layer.self_attn, layer.mlp
@@ -217,10 +218,11 @@ def _joined(*parts: nn.Linear) -> LinearWeight:
     if len(parts) == 1:
         return LinearWeight(parts[0].weight.data, None if parts[0].bias is None else parts[0].bias.data)
     weight = _merge([part.weight for part in parts])
-    return LinearWeight(weight, None if parts[0].bias is None else _merge([part.bias for part in parts]))
+    biases = [part.bias for part in parts if part.bias is not None]
+    return LinearWeight(weight, _merge(biases) if biases else None)
 
 
-def _merge(parts: list[nn.Parameter]) -> Tensor:
+def _merge(parts: Sequence[Tensor]) -> Tensor:
     if not _adjacent(parts):  # another Decoder may have joined them already
         joined = torch.cat([part.data for part in parts])
         for part, piece in zip(parts, joined.split([len(part) for part in parts]), strict=True):
@@ -229,7 +231,7 @@ def _merge(parts: list[nn.Parameter]) -> Tensor:
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
-def _adjacent(parts: list[nn.Parameter]) -> bool:
+def _adjacent(parts: Sequence[Tensor]) -> bool:
     """Whether the parameters lie one behind the other in one piece of memory."""
     storages = {part.untyped_storage().data_ptr() for part in parts}
     ends = [part.data_ptr() + part.numel() * part.element_size() for part in parts]
