@@ -34,9 +34,9 @@ def rain(records: list[Row]) -> str:
                 [where, regime, *(_cost(numbers, key) for key in ("model_steps", "tokens_processed", "seconds"))]
             )
     note = (
-        "**One RAIN answer** in searches recorded on the testbed (`raindecode bench rain`, [docs/benchmarks.md](docs/benchmarks.md)); "
-        "brackets: times as many for RAIN as its published code caches, RAIN as a competent user of transformers writes it, and "
-        "plain sampling of as many tokens:\n\n"
+        "**One RAIN answer**, in searches recorded on the testbed (`raindecode bench rain`, [docs/benchmarks.md](docs/benchmarks.md)).\n"
+        "In brackets, how many times that is run by RAIN as its published code caches, by RAIN as a competent user of transformers\n"
+        "writes it, and by plain sampling of as many tokens:\n\n"
     )
     return note + table(
         ["model", "search", "model steps", "tokens run", "seconds"], cells or [["testbed", "", *[NONE] * 3]]
