@@ -89,7 +89,8 @@ def refusal(result: Result) -> str:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["generate", "eval", "doctor", "demo", "Exit codes"]),
+        ([], ["generate", "eval", "bench", "doctor", "demo", "Exit codes"]),
+        (["bench"], ["rain", "What one RAIN answer costs"]),
         (["generate"], ["--search", "--preset", "--top-p", "--tree", "--no-exact", "Examples", "raindecode generate"]),
         (["eval"], ["--num-harmful", "--json", "Examples", "raindecode eval"]),
         (["doctor"], ["--model", "exit code 1"]),
