@@ -111,6 +111,11 @@ class Decoder:
         """Tokens the model was made for, prompt and answer together."""
         return _context_length(self.engine.runner.model.config.get_text_config())
 
+    @property
+    def dtype(self) -> str:
+        """Number type of the weights, such as "float32"."""
+        return str(self.engine.runner.model.dtype).removeprefix("torch.")
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
