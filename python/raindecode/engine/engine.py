@@ -33,7 +33,8 @@ from raindecode.errors import CapacityError, NumericError, RainDecodeError, Requ
 
 # Every engine alive, so that a test can assert that no request left a slot behind.
 LIVE_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
-_KEPT_BYTES = 256 * 2**20  # rows of logits held for Want.keep
+_KEPT_BYTES = 256 * 2**20  # rows of logits held for Want.keep,
+_KEPT_SHARE = 4  # and one for so many slots: a row whose tokens were evicted is of no use
 
 LogitsRow = npt.NDArray[np.float32]
 
@@ -341,7 +342,8 @@ class Engine:
             return
         self._kept[path_hash] = row.copy()
         self._kept_bytes += row.nbytes
-        while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:
+        most = max(1, self.tree.num_slots // _KEPT_SHARE)
+        while len(self._kept) > most or (self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1):
             _, old = self._kept.popitem(last=False)
             self._kept_bytes -= old.nbytes
 
