@@ -13,7 +13,7 @@ import math
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,14 +125,15 @@ class Engine:
         """A branch of `tokens`; nothing runs yet."""
         return Branch.open(self.tree, ledger, tokens)
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[Task]:
+    def run(self, tasks: Iterable[Task]) -> Generator[Task, None, None]:
         """Run tasks to the end, yielding each as it finishes. Closing the iterator cancels what is left."""
         source = iter(tasks)
         mine: dict[Task, None] = {}
         try:
             exhausted = False
             while not exhausted or mine:
-                while not exhausted and len(mine) < self.max_tasks:
+                # As many again wait in the queue, for those that end in the middle of a step.
+                while not exhausted and len(mine) < 2 * self.max_tasks:
                     task = next(source, None)
                     if task is None:
                         exhausted = True
@@ -153,8 +154,9 @@ class Engine:
     def step(self) -> list[Task]:
         """Advance every running task by one forward; the tasks that ended."""
         with self._alone():
-            ended = self._admit()
-            ended += self._call_hosts()
+            ended = self._admit() + self._call_hosts()
+            while self._waiting and len(self._running) < self.max_tasks:
+                ended += self._admit() + self._call_hosts()
             started = time.perf_counter()
             plan = _Plan()
             try:
