@@ -117,7 +117,7 @@ def test_nothing_of_a_finished_request_stays(search: Sampling | RAIN, no_collect
     assert alive() == before
     assert tree.num_cursors == 0
     assert not embedder._centers
-    assert 0 < tree.num_evicted
+    assert tree.num_evicted > 0
     assert sum(len(node.tokens) for node in tree.nodes()) == tree.num_used <= slots
     assert len(decoder.engine._kept) <= slots // 4
     assert decoder.engine._kept_bytes == sum(row.nbytes for row in decoder.engine._kept.values())

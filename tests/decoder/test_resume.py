@@ -264,3 +264,71 @@ def test_two_runs_do_not_share_a_file(answer: Cli, file: Path) -> None:
         assert "another run is writing" in refusal(answer(*words))
     other.close()
     assert answer().code == 0
+
+
+# ---- eval -------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def evaluate(cli: Cli, tmp_path: Path) -> Cli:
+    """`raindecode eval` of three requests and both searches into out.jsonl."""
+
+    def run(*words: str) -> Result:
+        few = ["--num-harmful", "2", "--num-benign", "1", "--max-new-tokens", "2", "--json"]
+        return cli("eval", *few, "--output", str(tmp_path / "out.jsonl"), *words)
+
+    return run
+
+
+def results(result: Result) -> dict[str, Any]:
+    """Results by search, without what a resumed run does not have to run."""
+    assert result.code == 0, result.err
+    found: dict[str, Any] = json.loads(result.out.splitlines()[-1])
+    for one in found.values():
+        for name in ("seconds", "model_steps", "resumed", "tokens_charged"):
+            one.pop(name, None)
+    return found
+
+
+@pytest.mark.parametrize("whole", [0, 2, 4, 6])
+def test_an_evaluation_is_gone_on_with(evaluate: Cli, file: Path, asked: list[tuple[str, int]], whole: int) -> None:
+    first = evaluate()
+    lines = file.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 6
+    file.write_bytes(b"".join(lines[:whole]) + b"".join(lines[whole:])[:50])
+    asked.clear()
+    again = evaluate("--resume")
+    assert len(asked) == 6 - whole
+    assert results(again) == results(first)
+    assert ("answered before" in again.out) == (whole > 0)
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {(one["search"], one["index"]) for one in found} == {(s, i) for s in ("vanilla", "rain") for i in range(3)}
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "holds answers already"),
+        (["--resume", "--seed", "1"], "was written with seed 0 (line 1), this run has seed 1"),
+        (["--resume", "--num-benign", "2"], "this run has num_benign 2"),
+        (["--resume", "--max-new-tokens", "3"], "this run has max_new_tokens 3"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_another_evaluations_file_is_refused(evaluate: Cli, file: Path, words: list[str], said: str) -> None:
+    assert evaluate("--search", "vanilla").code == 0
+    before = file.read_bytes()
+    assert said in refusal(evaluate("--search", "vanilla", *words))
+    assert file.read_bytes() == before
+
+
+def test_an_evaluations_file_that_makes_no_sense_is_refused(evaluate: Cli, answer: Cli, file: Path) -> None:
+    assert evaluate("--search", "vanilla").code == 0
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(lines[0] + lines[0])
+    assert "a second time" in refusal(evaluate("--resume"))
+    file.write_bytes(lines[0].replace(b'"search": "vanilla"', b'"search": "beam"'))
+    assert "line 1" in refusal(evaluate("--resume"))
+    file.write_bytes(lines[0].replace(b'"request": "', b'"request": "X'))
+    assert "answers none of this run's requests" in refusal(evaluate("--resume"))
+    assert answer("--overwrite").code == 0
+    assert "was written with the default task" in refusal(evaluate("--resume"))

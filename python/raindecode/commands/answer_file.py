@@ -98,6 +98,12 @@ class AnswerFile:
         """Close the file; another run may have it."""
         self._file.close()
 
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _claim(self) -> None:
         if fcntl is None:
             return
@@ -109,6 +115,18 @@ class AnswerFile:
             ) from error
         except OSError:
             return  # a file system without locks
+
+
+def require_output(output: str | None, resume: bool, overwrite: bool) -> None:
+    """Refuse options about a file that was not named.
+
+    Raises:
+        ConfigError: --resume or --overwrite stands alone.
+    """
+    if output is None and (resume or overwrite):
+        raise ConfigError(
+            f"{'--resume' if resume else '--overwrite'} says what to do with a file: name it with --output"
+        )
 
 
 def check_settings(path: str, number: int, record: Record, settings: Record) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from raindecode.commands.answer_file import require_output
 from raindecode.commands.common import REPORTED, load_decoder, one_of, printable, say
 from raindecode.commands.output import Output, counters
 from raindecode.commands.prompts import collect_prompts
@@ -155,7 +156,11 @@ def generate(
     _check_shape(len(prompts), num_samples, seed, stream, as_json)
     if stop and "" in stop:
         raise ConfigError("--stop is an empty text, which would end every answer at once; give at least one character")
-    _check_file(output, resume, overwrite, tree)
+    require_output(output, resume, overwrite)
+    if resume and tree is not None:
+        raise ConfigError(
+            "--tree holds the searches of one whole run, so none can be added with --resume: give one of them"
+        )
     with Output(
         samples=num_samples, as_json=as_json, silent=stream, file=output, resume=resume, overwrite=overwrite, tree=tree
     ) as sink:
@@ -223,17 +228,6 @@ def _search_settings(search: Sampling | RAIN, preset: str | None, raw: bool, mod
     if isinstance(search, Sampling):
         shape |= {f.name: v for f in fields(search) if (v := getattr(search, f.name)) != f.default}
     return shape
-
-
-def _check_file(output: str | None, resume: bool, overwrite: bool, tree: str | None) -> None:
-    if output is None and (resume or overwrite):
-        raise ConfigError(
-            f"{'--resume' if resume else '--overwrite'} says what to do with a file: name it with --output"
-        )
-    if resume and tree is not None:
-        raise ConfigError(
-            "--tree holds the searches of one whole run, so none can be added with --resume: give one of them"
-        )
 
 
 def _check_shape(prompts: int, samples: int, seed: int, stream: bool, as_json: bool) -> None:
