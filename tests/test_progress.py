@@ -72,11 +72,15 @@ def test_summary(clock: Clock) -> None:
     meter = Meter(1000, clock)
     meter.report(0, 1500, 40)
     clock.now += 5
-    assert meter.summary(searching=False) == "1,500 tokens, 300.0 tokens/s"
+    assert meter.summary(searching=False) == "answers 0/1,000, 1,500 tokens (300/s)"
     meter.finish(0)
-    assert meter.summary(searching=True) == "1,500 tokens, 40 iterations, 300.0 tokens/s, 1:23:15 left"
+    assert meter.summary(searching=True) == "answers 1/1,000, 1,500 tokens (300/s), 40 iterations, 1:23:15 left"
     meter.done = 1000
     assert "left" not in meter.summary(searching=True)
+    slow = Meter(2, clock)
+    slow.report(0, 7, 3)
+    clock.now += 10
+    assert slow.summary(searching=False) == "answers 0/2, 7 tokens (0.7/s)"
 
 
 # ---- showing ----------------------------------------------------------------------------------------------------------
@@ -90,9 +94,9 @@ def test_lines_come_now_and_then_and_never_twice(clock: Clock, capsys: pytest.Ca
         display.finished(0)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "answers 0/4, 400 tokens, 200 iterations, 40.0 tokens/s",
-        "answers 0/4, 800 tokens, 400 iterations, 40.0 tokens/s",
-        "answers 1/4, 1,000 tokens, 500 iterations, 40.0 tokens/s, 1:15 left",
+        "answers 0/4, 400 tokens (40/s), 200 iterations",
+        "answers 0/4, 800 tokens (40/s), 400 iterations",
+        "answers 1/4, 1,000 tokens (40/s), 500 iterations, 1:15 left",
     ]
 
 
@@ -107,7 +111,7 @@ def test_a_bar_is_touched_ten_times_a_second_at_most(clock: Clock, monkeypatch: 
         clock.now += 0.001
         report(step, 0)
     assert 18 <= len(touched) <= 20
-    assert touched[-1]["note"].endswith("tokens, 1,000.0 tokens/s")
+    assert touched[-1]["description"].endswith("tokens (1,000/s)")
     assert touched[-1]["completed"] == 0
 
 

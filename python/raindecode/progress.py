@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 Clock = Callable[[], float]
 _WINDOW = 15.0  # seconds the speed is taken over
@@ -64,9 +64,14 @@ class Meter:
         return left / self.tokens * (self._clock() - self._began)
 
     def summary(self, *, searching: bool) -> str:
-        """Tokens, iterations of a search, speed and time left in a few words."""
-        parts = [f"{self.tokens:,} tokens"] + ([f"{self.iterations:,} iterations"] if searching else [])
-        parts.append(f"{self.tokens_per_second():,.1f} tokens/s")
+        """Answers, tokens, speed, iterations of a search and time left; fits into a line of 80 characters."""
+        speed = self.tokens_per_second()
+        parts = [
+            f"answers {self.done:,}/{self.total:,}",
+            f"{self.tokens:,} tokens ({speed:,.{0 if speed >= 10 else 1}f}/s)",
+        ]
+        if searching:
+            parts.append(f"{self.iterations:,} iterations")
         left = self.seconds_left()
         if left is not None and self.done < self.total:
             parts.append(f"{_duration(left)} left")
@@ -92,7 +97,7 @@ class ProgressDisplay:
         self._silent = silent
         self._clock = clock
         self._bar = bar
-        self._row = None if bar is None else bar.add_task("answers", total=total, note="")
+        self._row = None if bar is None else bar.add_task(f"answers 0/{total:,}", total=total)
         self._every = _LINE_SECONDS if bar is None else _BAR_SECONDS
         self._due = clock() + self._every
         self._line = ""  # written last
@@ -105,10 +110,7 @@ class ProgressDisplay:
             wanted = terminal and (total > 1 or searching)
         if not wanted or not terminal:
             return cls(total, searching=searching, silent=not wanted or sys.stderr is None)
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-        )  # fmt: skip
+        columns = (TextColumn("{task.description}", markup=False), TimeElapsedColumn(), BarColumn(bar_width=20))
         bar = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
         return cls(total, searching=searching, bar=bar)
 
@@ -132,11 +134,10 @@ class ProgressDisplay:
 
     def _show(self) -> None:
         self._due = self._clock() + self._every
-        note = self.meter.summary(searching=self._searching)
+        line = self.meter.summary(searching=self._searching)
         if self._bar is not None and self._row is not None:
-            self._bar.update(self._row, completed=self.meter.done, note=note)
+            self._bar.update(self._row, completed=self.meter.done, description=line)
             return
-        line = f"answers {self.meter.done:,}/{self.meter.total:,}, {note}"
         if line != self._line:
             print(line, file=sys.stderr, flush=True)
             self._line = line

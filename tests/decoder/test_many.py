@@ -19,7 +19,7 @@ from raindecode.search.rain import RAIN, JudgeTemplate
 from raindecode.search.sampling import Sampling
 from raindecode.types import Completion
 
-PROMPTS = [f"the inner {i} on a" for i in range(60)]
+PROMPTS = [f"the inner {i} on a" for i in range(32)]
 
 
 def scores(pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -108,7 +108,7 @@ def alive() -> Counter[str]:
 
 def test_nothing_of_a_finished_request_stays(search: Sampling | RAIN, no_collector: None) -> None:
     """Not even for the garbage collector to find: on a large model that would be megabytes per request."""
-    slots = 300 if isinstance(search, Sampling) else 1200
+    slots = 300 if isinstance(search, Sampling) else 700
     decoder = tiny_decoder(kv_tokens=slots, max_concurrent=7)
     tree = decoder.engine.tree
     requests = decoder.requests(PROMPTS, **asked(search))
