@@ -1,11 +1,13 @@
 """A thousand prompts in one call: what grows, whether the batch stays full, what is left at the end.
 
-    python benchmarks/many_prompts.py [--requests 1000] [--max-new-tokens 8] [--kv-tokens N] [--max-concurrent 32] [--json FILE]
+    python benchmarks/many_prompts.py [--requests 1000] [--max-new-tokens 8] [--kv-tokens N] [--max-concurrent 32] [--trace]
+                                      [--json FILE]
 
 For plain sampling and for RAIN, one after another, each on a decoder of its own over the embedded model with a KV pool that is
 far too small to cache everything. Each runs a round first (a fifth of the requests, not counted), so that what is made once is
 there. After every fifth of the requests it notes the resident memory of the process (MiB, after a garbage collection and, in
 brackets in the table, before it), the KV tokens in use and evicted, and the sizes of the tables that live as long as the engine.
+With --trace it also notes what tracemalloc counts, and takes a few times as long.
 `full` is the share of forwards that ran while exactly min(max_concurrent, requests left) requests were under way.
 Exit code 1 when a batch was not full, or a slot or cursor is left at the end. Prints a table, then one JSON line.
 """
@@ -17,6 +19,7 @@ import gc
 import json
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=8)
     parser.add_argument("--kv-tokens", type=int, help="of the pool; default: 4,000 for sampling, 20,000 for RAIN")
     parser.add_argument("--max-concurrent", type=int, default=32)
+    parser.add_argument("--trace", action="store_true", help="count Python's allocations, too (slow)")
     parser.add_argument("--json", type=Path, help="write the record to this file, too")
     arguments = parser.parse_args(argv)
     if arguments.requests < _PARTS:
@@ -76,6 +80,8 @@ def run(name: str, search: Sampling | RAIN, kv_tokens: int, arguments: argparse.
     decoder.generate(prompts[:warm], seed=list(range(count, count + warm)), progress=False, **options)
     requests = decoder.requests(prompts[warm:], seed=list(range(count)), **options)
     watch = Watch(decoder, count)
+    if arguments.trace:
+        tracemalloc.start()
     parts, began = [watch.look(0)], time.perf_counter()
     answers = watch.counted(decoder.stream(requests, search=search, progress=False))
     for outcome in track(answers, name, total=count, console=Console(stderr=True)):
@@ -84,6 +90,7 @@ def run(name: str, search: Sampling | RAIN, kv_tokens: int, arguments: argparse.
         if watch.finished % (count // _PARTS) == 0:
             parts.append(watch.look(watch.finished))
     seconds = time.perf_counter() - began
+    tracemalloc.stop()
     tree = decoder.engine.tree
     cursors = tree.num_cursors
     tree.clear()
@@ -123,11 +130,15 @@ class Watch:
         before = resident()
         gc.collect()
         tree = self.engine.tree
+        traced = (
+            {"traced_mib": round(tracemalloc.get_traced_memory()[0] / 2**20, 2)} if tracemalloc.is_tracing() else {}
+        )
         return {
             "finished": finished, "rss_mib_before_gc": round(before, 1), "rss_mib": round(resident(), 1),
             "python_objects": len(gc.get_objects()), "kv_tokens_used": tree.num_used, "kv_tokens_evicted": tree.num_evicted,
             "kv_nodes": sum(1 for _ in tree.nodes()), "cursors": tree.num_cursors,
             "kept_logits": len(self.engine._kept), "kept_logits_mib": round(self.engine._kept_bytes / 2**20, 1),
+            **traced,
         }  # fmt: skip
 
 
