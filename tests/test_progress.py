@@ -140,6 +140,20 @@ def test_what_is_shown_where(
     assert stderr.getvalue().count("answers") <= 1 or shown == "bar"
 
 
+def test_a_log_that_cannot_be_written_ends_no_request(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    with ProgressDisplay(2, searching=False, clock=clock) as display:
+        report = display.reporter(0)
+        assert report is not None
+        clock.now += 60
+        report(1, 0)
+        assert display.reporter(1) is None
+
+
 def test_no_standard_error_is_no_display(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     with ProgressDisplay.choose(True, 3, searching=False) as display:

@@ -139,7 +139,10 @@ class ProgressDisplay:
             self._bar.update(self._row, completed=self.meter.done, description=line)
             return
         if line != self._line:
-            print(line, file=sys.stderr, flush=True)
+            try:
+                print(line, file=sys.stderr, flush=True)
+            except OSError:  # nobody reads it any more: no reason to end a request
+                self._silent = True
             self._line = line
 
     def __enter__(self) -> ProgressDisplay:
