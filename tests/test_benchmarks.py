@@ -637,3 +637,18 @@ def test_rain_table(tmp_path: Path) -> None:
 def test_readme_is_up_to_date() -> None:
     done = script("benchmarks/update_readme.py", "--check")
     assert done.returncode == 0, done.stderr
+
+
+# ---- many_prompts -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_many_prompts(tmp_path: Path) -> None:
+    done = script(
+        "benchmarks/many_prompts.py", "--requests", "40", "--max-new-tokens", "2", "--json", str(tmp_path / "a.json")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record == json.loads((tmp_path / "a.json").read_text())
+    for one in record["runs"].values():
+        assert (one["full"], one["slots_lost"], one["cursors_left"]) == (1.0, 0, 0)
+        assert [part["finished"] for part in one["parts"]] == [0, 8, 16, 24, 32, 40]
+        assert one["tokens"] <= 80

@@ -13,7 +13,7 @@ import math
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +34,8 @@ from raindecode.errors import CapacityError, NumericError, RainDecodeError, Requ
 
 # Every engine alive, so that a test can assert that no request left a slot behind.
 LIVE_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
-_KEPT_BYTES = 256 * 2**20  # rows of logits held for Want.keep
+_KEPT_BYTES = 256 * 2**20  # rows of logits held for Want.keep,
+_KEPT_SHARE = 4  # and one for so many slots: a row whose tokens were evicted is of no use
 
 LogitsRow = npt.NDArray[np.float32]
 
@@ -125,14 +126,15 @@ class Engine:
         """A branch of `tokens`; nothing runs yet."""
         return Branch.open(self.tree, ledger, tokens)
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[Task]:
+    def run(self, tasks: Iterable[Task]) -> Generator[Task, None, None]:
         """Run tasks to the end, yielding each as it finishes. Closing the iterator cancels what is left."""
         source = iter(tasks)
         mine: dict[Task, None] = {}
         try:
             exhausted = False
             while not exhausted or mine:
-                while not exhausted and len(mine) < self.max_tasks:
+                # As many again wait in the queue, for those that end in the middle of a step.
+                while not exhausted and len(mine) < 2 * self.max_tasks:
                     task = next(source, None)
                     if task is None:
                         exhausted = True
@@ -153,8 +155,9 @@ class Engine:
     def step(self) -> list[Task]:
         """Advance every running task by one forward; the tasks that ended."""
         with self._alone():
-            ended = self._admit()
-            ended += self._call_hosts()
+            ended = self._admit() + self._call_hosts()
+            while self._waiting and len(self._running) < self.max_tasks:
+                ended += self._admit() + self._call_hosts()
             started = time.perf_counter()
             plan = _Plan()
             try:
@@ -353,7 +356,8 @@ class Engine:
             return
         self._kept[path_hash] = row.copy()
         self._kept_bytes += row.nbytes
-        while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:
+        most = max(1, self.tree.num_slots // _KEPT_SHARE)
+        while len(self._kept) > most or (self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1):
             _, old = self._kept.popitem(last=False)
             self._kept_bytes -= old.nbytes
 

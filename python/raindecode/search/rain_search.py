@@ -57,6 +57,7 @@ class RainSearch:
             return (yield from self._moves())
         finally:
             self.works.crew.close()
+            self.tree.close()
 
     def _moves(self) -> Generator[Any, Any, Completion]:
         trees: list[dict[str, Any]] = []
