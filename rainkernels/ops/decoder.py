@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rainkernels._blas import sgemm_address
 from rainkernels._checks import check_int, check_real, check_tensor
+from rainkernels._decoder_weights import BlockWeights, LinearWeight, NormWeight, StackWeights
 from rainkernels._lanes import choose_lane, native
 from rainkernels.errors import RangeError, ShapeError
 from rainkernels.ops._attention_plan import AttentionPlan, layout_of
@@ -24,60 +24,6 @@ _RULES = (
     "", "ids[{i}] is {value}, allowed: 0 to {vocab} - 1", "positions[{i}] is {value}, allowed: 0 to {positions} - 1",
     "slots[{i}] is {value}, allowed: 0 to {slots} - 1", "wanted[{i}] is {value}, allowed: 0 to {rows} - 1",
 )  # fmt: skip
-
-
-class LinearWeight(NamedTuple):
-    """weight [out, in], bias [out] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-class NormWeight(NamedTuple):
-    """RMSNorm: weight [dim], eps."""
-
-    weight: Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
-class BlockWeights:
-    """One decoder block.
-
-    Shapes (D = head_dim, all float32):
-        attention_norm, mlp_norm: [hidden]
-        qkv: [(num_qo_heads + 2 num_kv_heads) D, hidden], rows of q, then k, then v
-        q_norm, k_norm: [D], over each head before it is turned; both or neither
-        out: [hidden, num_qo_heads D]
-        gate_up: [2 intermediate, hidden], rows of the gate, then of up; down: [hidden, intermediate]
-        softmax_scale, softcap, sliding_window, sinks: as in `tree_attention`
-    """
-
-    attention_norm: NormWeight
-    qkv: LinearWeight
-    out: LinearWeight
-    mlp_norm: NormWeight
-    gate_up: LinearWeight
-    down: LinearWeight
-    softmax_scale: float
-    q_norm: NormWeight | None = None
-    k_norm: NormWeight | None = None
-    softcap: float = 0.0
-    sliding_window: int = 0
-    sinks: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class StackWeights:
-    """embedding [vocab, hidden], blocks, norm [hidden], head [vocab, hidden]; heads of head_dim, a multiple of 2."""
-
-    embedding: Tensor
-    blocks: tuple[BlockWeights, ...]
-    norm: NormWeight
-    head: LinearWeight
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
 
 
 def decoder_lane() -> str:
@@ -122,6 +68,10 @@ class DecoderStack:
         self._pools, self._num_slots = list(pools), slots
         if self._native is not None:
             self._native.set_pools([k.data_ptr() for k, _ in pools], [v.data_ptr() for _, v in pools])
+
+    def drop_pools(self) -> None:
+        """Let go of the pools; steps raise until others are set."""
+        self._pools, self._num_slots = [], 0
 
     def step(
         self, ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, cos: Tensor, sin: Tensor, wanted: Tensor,

@@ -27,7 +27,6 @@ from raindecode.engine.batch import build_batches
 from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
 from raindecode.engine.model_runner import ModelRunner
-from raindecode.engine.rng import uniforms
 from raindecode.engine.sampler import Drawn
 from raindecode.engine.types import Draw, Got, HostCall, Search, Want, Yielded
 from raindecode.errors import CapacityError, NumericError, RainDecodeError, RequestCancelled
@@ -288,7 +287,7 @@ class Engine:
 
     def _draw(self, draws: Sequence[tuple[Draw, LogitsRow | None]]) -> Sequence[Drawn | NumericError]:
         """All draws of a step; where one cannot be made, its error."""
-        numbers = uniforms([d.key for d, _ in draws], [d.counter for d, _ in draws]) if draws else ()
+        numbers = sampler.uniforms([d.key for d, _ in draws], [d.counter for d, _ in draws]) if draws else ()
         requests: list[sampler.DrawRequest] = []
         for (d, row), number in zip(draws, numbers, strict=True):
             assert row is not None

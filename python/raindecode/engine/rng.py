@@ -1,17 +1,10 @@
-"""Counter-based randomness: a draw depends on its key and counter alone, never on what else runs.
+"""Names of draws: randomness is counter-based, so a draw depends on its key and counter alone, never on what else runs.
 
-Philox4x32-10 (Salmon et al., SC 2011). The key is the request's seed; the counter names the draw: a hash of the token
-path with purpose, sample and visit, or a plain position. So a request draws the same numbers alone or in any batch.
+The key is the request's seed; the counter names the draw: a hash of the token path with purpose, sample and visit, or a
+plain position. So a request draws the same numbers (sampler.uniforms) alone or in any batch.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
-
-from rainkernels.ops.logits import philox_uniforms
 
 MASK64 = (1 << 64) - 1
 MASK128 = (1 << 128) - 1
@@ -29,13 +22,3 @@ def name_draw(state: int, *parts: int) -> int:
     for part in parts:
         state = mix(state, part + 1)
     return state
-
-
-def uniforms(keys: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.float64]:
-    """One number in the open interval (0, 1) per draw.
-
-    Args:
-        keys: 64-bit seeds. Only the low 64 bits count.
-        counters: 128-bit draw names, one per key.
-    """
-    return np.array(philox_uniforms(keys, counters))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raindecode.errors import ConfigError, NumericError
 from rainkernels.ops.draws import draw_rows
+from rainkernels.ops.logits import philox_uniforms
 
 FloatRow = npt.NDArray[np.float64]
 IntRow = npt.NDArray[np.int64]
@@ -75,6 +76,16 @@ def rows_to_host(logits: Tensor) -> npt.NDArray[np.float32]:
     """[n, V] float32 on the host: the one read-back of a step."""
     host: npt.NDArray[np.float32] = logits.detach().float().cpu().numpy()
     return host
+
+
+def uniforms(keys: Sequence[int], counters: Sequence[int]) -> FloatRow:
+    """One number in the open interval (0, 1) per draw, by Philox4x32-10 (Salmon et al., SC 2011).
+
+    Args:
+        keys: 64-bit seeds. Only the low 64 bits count.
+        counters: 128-bit draw names (rng.name_draw), one per key.
+    """
+    return np.array(philox_uniforms(keys, counters))
 
 
 class DrawRequest(NamedTuple):
