@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rainkernels._blas import sgemm_address
-from rainkernels._checks import check_int, check_real, check_tensor
+from rainkernels._checks import check_outputs, check_tensor
+from rainkernels._decoder_weights import BlockWeights, LinearWeight, NormWeight, StackWeights, check_stack
 from rainkernels._lanes import choose_lane, native
-from rainkernels.errors import RangeError, ShapeError
+from rainkernels.errors import DtypeError, RangeError, ShapeError
 from rainkernels.ops._attention_plan import AttentionPlan, layout_of
 from rainkernels.ops.attention import tree_attention
 from rainkernels.reference import decoder as reference
@@ -24,60 +24,6 @@ _RULES = (
     "", "ids[{i}] is {value}, allowed: 0 to {vocab} - 1", "positions[{i}] is {value}, allowed: 0 to {positions} - 1",
     "slots[{i}] is {value}, allowed: 0 to {slots} - 1", "wanted[{i}] is {value}, allowed: 0 to {rows} - 1",
 )  # fmt: skip
-
-
-class LinearWeight(NamedTuple):
-    """weight [out, in], bias [out] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-class NormWeight(NamedTuple):
-    """RMSNorm: weight [dim], eps."""
-
-    weight: Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
-class BlockWeights:
-    """One decoder block.
-
-    Shapes (D = head_dim, all float32):
-        attention_norm, mlp_norm: [hidden]
-        qkv: [(num_qo_heads + 2 num_kv_heads) D, hidden], rows of q, then k, then v
-        q_norm, k_norm: [D], over each head before it is turned; both or neither
-        out: [hidden, num_qo_heads D]
-        gate_up: [2 intermediate, hidden], rows of the gate, then of up; down: [hidden, intermediate]
-        softmax_scale, softcap, sliding_window, sinks: as in `tree_attention`
-    """
-
-    attention_norm: NormWeight
-    qkv: LinearWeight
-    out: LinearWeight
-    mlp_norm: NormWeight
-    gate_up: LinearWeight
-    down: LinearWeight
-    softmax_scale: float
-    q_norm: NormWeight | None = None
-    k_norm: NormWeight | None = None
-    softcap: float = 0.0
-    sliding_window: int = 0
-    sinks: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class StackWeights:
-    """embedding [vocab, hidden], blocks, norm [hidden], head [vocab, hidden]; heads of head_dim, a multiple of 2."""
-
-    embedding: Tensor
-    blocks: tuple[BlockWeights, ...]
-    norm: NormWeight
-    head: LinearWeight
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
 
 
 def decoder_lane() -> str:
@@ -99,7 +45,7 @@ class DecoderStack:
     """
 
     def __init__(self, weights: StackWeights) -> None:
-        _check_stack(weights)
+        check_stack(weights)
         self.weights = weights
         self._pools: list[tuple[Tensor, Tensor]] = []
         self._num_slots = 0
@@ -114,11 +60,14 @@ class DecoderStack:
         w = self.weights
         if len(pools) != len(w.blocks):
             raise ShapeError(f"{len(pools)} pairs of pools were given for {len(w.blocks)} blocks: give one each")
-        slots = pools[0][0].shape[0]
+        slots: int | None = None  # as many as the first pool has
         for i, pair in enumerate(pools):
+            check_outputs(f"pools[{i}]", pair, ("k", "v"))
             for name, pool in zip(("k", "v"), pair, strict=True):
                 shape = (slots, w.num_kv_heads, w.head_dim)
                 check_tensor(f"pools[{i}].{name}", pool, dtype=torch.float32, shape=shape, device=_CPU)
+                slots = pool.shape[0]
+        assert slots is not None
         self._pools, self._num_slots = list(pools), slots
         if self._native is not None:
             self._native.set_pools([k.data_ptr() for k, _ in pools], [v.data_ptr() for _, v in pools])
@@ -155,18 +104,16 @@ class DecoderStack:
             0 if states is None else states.data_ptr(), wanted.data_ptr(), len(wanted), logits.data_ptr(), threads,
         )  # fmt: skip
         if rule:
-            value = int((ids, positions, slots, wanted)[rule - 1][index])
-            raise RangeError(
-                _RULES[rule].format(
-                    i=index,
-                    value=value,
-                    vocab=w.embedding.shape[0],
-                    positions=cos.shape[0],
-                    slots=self._num_slots,
-                    rows=rows,
-                )
-            )
+            raise self._fault(rule, index, (ids, positions, slots, wanted), len(cos))
         return logits
+
+    def _fault(self, rule: int, index: int, arguments: tuple[Tensor, ...], num_positions: int) -> RangeError:
+        return RangeError(
+            _RULES[rule].format(
+                i=index, value=int(arguments[rule - 1][index]), vocab=len(self.weights.embedding),
+                positions=num_positions, slots=self._num_slots, rows=len(arguments[0]),
+            )
+        )  # fmt: skip
 
     def _check_step(
         self, ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, cos: Tensor, sin: Tensor, wanted: Tensor,
@@ -184,6 +131,8 @@ class DecoderStack:
             check_tensor(
                 "states", states, dtype=torch.float32, shape=(self._num_slots, w.norm.weight.shape[0]), device=_CPU
             )
+        if not isinstance(plan, AttentionPlan):
+            raise DtypeError(f"plan must be an AttentionPlan from attention_plan(), got {type(plan).__name__}")
         if not self._pools:
             raise ShapeError("there are no pools yet: call set_pools() first")
         if plan.num_rows != rows:
@@ -203,16 +152,16 @@ class DecoderStack:
             )  # fmt: skip
 
         w = self.weights
-        limits = ((ids, w.embedding.shape[0]), (positions, len(cos)), (slots, self._num_slots), (wanted, len(ids)))
-        for rule, (values, limit) in enumerate(limits, start=1):
+        arguments = ids, positions, slots, wanted
+        limits = len(w.embedding), len(cos), self._num_slots, len(ids)
+        faults = []  # by row, then by rule; `wanted` last, as its entries are no rows
+        for rule, (values, limit) in enumerate(zip(arguments, limits, strict=True), start=1):
             wrong = torch.nonzero((values < 0) | (values >= limit)).flatten()
             if len(wrong):
-                i = int(wrong[0])
-                raise RangeError(
-                    _RULES[rule].format(
-                        i=i, value=int(values[i]), vocab=limit, positions=limit, slots=limit, rows=limit
-                    )
-                )
+                faults.append((rule == len(arguments), int(wrong[0]), rule))
+        if faults:
+            _, index, rule = min(faults)
+            raise self._fault(rule, index, arguments, len(cos))
         with torch.no_grad():
             final, logits = reference.step(w, ids, positions, slots, self._pools, attend, cos, sin, wanted)
             if states is not None:
@@ -246,55 +195,3 @@ def _native_stack(w: StackWeights) -> Any:
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-
-def _check_stack(w: StackWeights) -> None:
-    check_int("num_kv_heads", w.num_kv_heads, 1)
-    check_int("num_qo_heads", w.num_qo_heads, 1)
-    check_int("head_dim", w.head_dim, 2)
-    if w.num_qo_heads % w.num_kv_heads or w.head_dim % 2:
-        raise ShapeError(
-            f"{w.num_qo_heads} query heads, {w.num_kv_heads} KV heads of {w.head_dim}: the first must be a multiple of the "
-            "second, the third even"
-        )
-    if not w.blocks:
-        raise ShapeError("blocks is empty: a stack has at least one block")
-    check_tensor("embedding", w.embedding, dtype=torch.float32, shape=(None, None), device=_CPU)
-    vocab, hidden = w.embedding.shape
-    _check_norm("norm", w.norm, hidden)
-    _check_linear("head", w.head, vocab, hidden)
-    queries, keys = w.num_qo_heads * w.head_dim, w.num_kv_heads * w.head_dim
-    intermediate = w.blocks[0].down.weight.shape[-1]
-    for i, block in enumerate(w.blocks):
-        name = f"blocks[{i}]."
-        _check_norm(name + "attention_norm", block.attention_norm, hidden)
-        _check_norm(name + "mlp_norm", block.mlp_norm, hidden)
-        _check_linear(name + "qkv", block.qkv, queries + 2 * keys, hidden)
-        _check_linear(name + "out", block.out, hidden, queries)
-        _check_linear(name + "gate_up", block.gate_up, 2 * intermediate, hidden)
-        _check_linear(name + "down", block.down, hidden, intermediate)
-        check_real(name + "softmax_scale", block.softmax_scale, "it must be finite in float32 and > 0", positive=True)
-        check_real(name + "softcap", block.softcap, "it must be finite in float32 and >= 0; 0 means none")
-        check_int(name + "sliding_window", block.sliding_window, 0, hint="tokens, 0 means none")
-        if block.sinks is not None:
-            check_tensor(name + "sinks", block.sinks, dtype=torch.float32, shape=(w.num_qo_heads,), device=_CPU)
-        if (block.q_norm is None) != (block.k_norm is None):
-            raise ShapeError(f"{name}q_norm and k_norm belong together: give both, or None for both")
-        if block.q_norm is not None and block.k_norm is not None:
-            _check_norm(name + "q_norm", block.q_norm, w.head_dim)
-            _check_norm(name + "k_norm", block.k_norm, w.head_dim)
-            if block.q_norm.eps != block.k_norm.eps:
-                raise RangeError(
-                    f"{name}q_norm has eps {block.q_norm.eps}, k_norm {block.k_norm.eps}: they must be equal"
-                )
-
-
-def _check_norm(name: str, norm: NormWeight, dim: int) -> None:
-    check_tensor(f"{name}.weight", norm.weight, dtype=torch.float32, shape=(dim,), device=_CPU)
-    check_real(f"{name}.eps", norm.eps, "it must be finite in float32 and >= 0")
-
-
-def _check_linear(name: str, linear: LinearWeight, rows: int, columns: int) -> None:
-    check_tensor(f"{name}.weight", linear.weight, dtype=torch.float32, shape=(rows, columns), device=_CPU)
-    if linear.bias is not None:
-        check_tensor(f"{name}.bias", linear.bias, dtype=torch.float32, shape=(rows,), device=_CPU)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-if TYPE_CHECKING:
-    from rainkernels.ops.decoder import BlockWeights, NormWeight, StackWeights
+from rainkernels._decoder_weights import BlockWeights, NormWeight, StackWeights
 
 __all__ = ["step"]
 
 # (query, k_pool, v_pool, block) -> [T, num_qo_heads, head_dim]: attention of a layer over the plan
-Attend = Callable[[Tensor, Tensor, Tensor, "BlockWeights"], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, BlockWeights], Tensor]
 
 
 def step(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from raindecode.engine.kv_tree import Cursor, KVTree, Node
-from raindecode.engine.rng import mix
+from raindecode.engine.names import mix
 
 
 class Ledger:

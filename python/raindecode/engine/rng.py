@@ -11,24 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from raindecode.engine.names import MASK64, MASK128, mix, name_draw
 from rainkernels.ops.logits import philox_uniforms
 
-MASK64 = (1 << 64) - 1
-MASK128 = (1 << 128) - 1
-_MULTIPLIER = 0xDA942042E4DD58B5_9E3779B97F4A7C15 | 1  # odd, so that multiplying is a bijection of 128-bit numbers
-
-
-def mix(state: int, value: int) -> int:
-    """Fold `value` into a 128-bit hash. The hash of a token path is mix() over its tokens."""
-    state = ((state ^ (value & MASK64)) * _MULTIPLIER) & MASK128
-    return state ^ (state >> 61)
-
-
-def name_draw(state: int, *parts: int) -> int:
-    """The 128-bit counter of a draw: a path hash with purpose, sample and visit folded in."""
-    for part in parts:
-        state = mix(state, part + 1)
-    return state
+__all__ = ["MASK64", "MASK128", "mix", "name_draw", "uniforms"]
 
 
 def uniforms(keys: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.float64]:
