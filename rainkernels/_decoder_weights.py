@@ -85,7 +85,8 @@ def check_stack(w: StackWeights) -> None:
     _check_norm("norm", w.norm, hidden)
     _check_linear("head", w.head, vocab, hidden)
     queries, keys = w.num_qo_heads * w.head_dim, w.num_kv_heads * w.head_dim
-    intermediate = w.blocks[0].down.weight.shape[-1]
+    check_tensor("blocks[0].down.weight", w.blocks[0].down.weight, shape=(hidden, None))
+    intermediate = w.blocks[0].down.weight.shape[1]
     for i, block in enumerate(w.blocks):
         name = f"blocks[{i}]."
         _check_norm(name + "attention_norm", block.attention_norm, hidden)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rainkernels._blas import sgemm_address
-from rainkernels._checks import check_outputs, check_tensor
+from rainkernels._checks import check_no_grad, check_outputs, check_tensor
 from rainkernels._decoder_weights import BlockWeights, LinearWeight, NormWeight, StackWeights, check_stack
 from rainkernels._lanes import choose_lane, native
 from rainkernels.errors import DtypeError, RangeError, ShapeError
@@ -66,6 +66,7 @@ class DecoderStack:
             for name, pool in zip(("k", "v"), pair, strict=True):
                 shape = (slots, w.num_kv_heads, w.head_dim)
                 check_tensor(f"pools[{i}].{name}", pool, dtype=torch.float32, shape=shape, device=_CPU)
+                check_no_grad(f"pools[{i}].{name}", pool)
                 slots = pool.shape[0]
         assert slots is not None
         self._pools, self._num_slots = list(pools), slots
@@ -120,6 +121,8 @@ class DecoderStack:
         states: Tensor | None,
     ) -> int:  # fmt: skip
         w = self.weights
+        if not self._pools:
+            raise ShapeError("there are no pools yet: call set_pools() first")
         check_tensor("ids", ids, dtype=torch.int64, shape=(None,), device=_CPU)
         rows = ids.shape[0]
         check_tensor("positions", positions, dtype=torch.int64, shape=(rows,), device=_CPU)
@@ -128,13 +131,11 @@ class DecoderStack:
         check_tensor("sin", sin, dtype=torch.float32, shape=cos.shape, device=_CPU)
         check_tensor("wanted", wanted, dtype=torch.int64, shape=(None,), device=_CPU)
         if states is not None:
-            check_tensor(
-                "states", states, dtype=torch.float32, shape=(self._num_slots, w.norm.weight.shape[0]), device=_CPU
-            )
+            hidden = w.embedding.shape[1]
+            check_tensor("states", states, dtype=torch.float32, shape=(self._num_slots, hidden), device=_CPU)
+            check_no_grad("states", states)
         if not isinstance(plan, AttentionPlan):
             raise DtypeError(f"plan must be an AttentionPlan from attention_plan(), got {type(plan).__name__}")
-        if not self._pools:
-            raise ShapeError("there are no pools yet: call set_pools() first")
         if plan.num_rows != rows:
             raise ShapeError(f"ids has {rows} rows, the plan has {plan.num_rows}: build the plan from the same batch")
         if plan.max_slot >= self._num_slots:
