@@ -1,11 +1,17 @@
-"""Weights of a stack of decoder blocks, as rainkernels.ops.decoder takes them."""
+"""Weights of the decoder family, and what must hold of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from rainkernels._checks import check_int, check_real, check_tensor
+from rainkernels.errors import RangeError, ShapeError
+
+_CPU = torch.device("cpu")
 
 
 class LinearWeight(NamedTuple):
@@ -60,3 +66,57 @@ class StackWeights:
     num_qo_heads: int
     num_kv_heads: int
     head_dim: int
+
+
+def check_stack(w: StackWeights) -> None:
+    """Raise a typed error that names the weight unless a step can run on them."""
+    check_int("num_kv_heads", w.num_kv_heads, 1)
+    check_int("num_qo_heads", w.num_qo_heads, 1)
+    check_int("head_dim", w.head_dim, 2)
+    if w.num_qo_heads % w.num_kv_heads or w.head_dim % 2:
+        raise ShapeError(
+            f"{w.num_qo_heads} query heads, {w.num_kv_heads} KV heads of {w.head_dim}: the first must be a multiple of the "
+            "second, the third even"
+        )
+    if not w.blocks:
+        raise ShapeError("blocks is empty: a stack has at least one block")
+    check_tensor("embedding", w.embedding, dtype=torch.float32, shape=(None, None), device=_CPU)
+    vocab, hidden = w.embedding.shape
+    _check_norm("norm", w.norm, hidden)
+    _check_linear("head", w.head, vocab, hidden)
+    queries, keys = w.num_qo_heads * w.head_dim, w.num_kv_heads * w.head_dim
+    check_tensor("blocks[0].down.weight", w.blocks[0].down.weight, shape=(hidden, None))
+    intermediate = w.blocks[0].down.weight.shape[1]
+    for i, block in enumerate(w.blocks):
+        name = f"blocks[{i}]."
+        _check_norm(name + "attention_norm", block.attention_norm, hidden)
+        _check_norm(name + "mlp_norm", block.mlp_norm, hidden)
+        _check_linear(name + "qkv", block.qkv, queries + 2 * keys, hidden)
+        _check_linear(name + "out", block.out, hidden, queries)
+        _check_linear(name + "gate_up", block.gate_up, 2 * intermediate, hidden)
+        _check_linear(name + "down", block.down, hidden, intermediate)
+        check_real(name + "softmax_scale", block.softmax_scale, "it must be finite in float32 and > 0", positive=True)
+        check_real(name + "softcap", block.softcap, "it must be finite in float32 and >= 0; 0 means none")
+        check_int(name + "sliding_window", block.sliding_window, 0, hint="tokens, 0 means none")
+        if block.sinks is not None:
+            check_tensor(name + "sinks", block.sinks, dtype=torch.float32, shape=(w.num_qo_heads,), device=_CPU)
+        if (block.q_norm is None) != (block.k_norm is None):
+            raise ShapeError(f"{name}q_norm and k_norm belong together: give both, or None for both")
+        if block.q_norm is not None and block.k_norm is not None:
+            _check_norm(name + "q_norm", block.q_norm, w.head_dim)
+            _check_norm(name + "k_norm", block.k_norm, w.head_dim)
+            if block.q_norm.eps != block.k_norm.eps:
+                raise RangeError(
+                    f"{name}q_norm has eps {block.q_norm.eps}, k_norm {block.k_norm.eps}: they must be equal"
+                )
+
+
+def _check_norm(name: str, norm: NormWeight, dim: int) -> None:
+    check_tensor(f"{name}.weight", norm.weight, dtype=torch.float32, shape=(dim,), device=_CPU)
+    check_real(f"{name}.eps", norm.eps, "it must be finite in float32 and >= 0")
+
+
+def _check_linear(name: str, linear: LinearWeight, rows: int, columns: int) -> None:
+    check_tensor(f"{name}.weight", linear.weight, dtype=torch.float32, shape=(rows, columns), device=_CPU)
+    if linear.bias is not None:
+        check_tensor(f"{name}.bias", linear.bias, dtype=torch.float32, shape=(rows,), device=_CPU)

@@ -44,10 +44,9 @@ DecoderBlock make_block(const std::array<address, 13>& w, const std::array<doubl
 
 void bind_decoder(py::module_& m) {
   py::class_<DecoderStack>(m, "DecoderStack", "Weights of a stack of blocks by address; keeps nothing alive.")
-      .def(py::init([](address sgemm, const std::array<int, 6>& s, address embedding, address norm, double eps,
-                       address head, address head_bias) {
+      .def(py::init([](const std::array<int, 6>& s, address embedding, address norm, double eps, address head,
+                       address head_bias) {
         DecoderStack stack{};
-        stack.sgemm = reinterpret_cast<Sgemm>(sgemm);
         stack.shape = {s[0], s[1], s[2], s[3], s[4], s[5]};
         stack.embedding = at<const float>(embedding);
         stack.norm = {at<const float>(norm), static_cast<float>(eps)};

@@ -1,5 +1,5 @@
-// decoder on the CPU: one step of token rows through all blocks; products go to the BLAS that torch brings.
-// Reference: rainkernels/reference/decoder.py
+// decoder on the CPU: one step of token rows through all blocks; its products, norms and attention are rainkernels'
+// own. Reference: rainkernels/reference/decoder.py
 #include "cpu/decoder.h"
 
 #include <omp.h>
@@ -66,14 +66,24 @@ StepFault check(const DecoderStack& stack, const DecoderStep& step) {
   return {StepRule::ok, 0};
 }
 
+// Multiplications below which waking a second thread costs more than it saves, and outputs a thread takes at a time.
+constexpr int64_t kSerialProduct = 1 << 19, kOutputs = 32;
+
 // to [rows, out] = from [rows, in] weight^T + bias
-void product(const DecoderStack& stack, const Linear& linear, const float* from, int64_t in, float* to, int64_t out,
-             int64_t rows) {
-  if (rows == 0) return;
-  const float one = 1.0f, beta = linear.bias == nullptr ? 0.0f : 1.0f;
-  for (int64_t r = 0; linear.bias != nullptr && r < rows; ++r)
-    std::memcpy(to + r * out, linear.bias, sizeof(float) * out);
-  stack.sgemm("T", "N", &out, &rows, &in, &one, linear.weight, &in, from, &in, &beta, to, &out);
+void product(const Linear& linear, const float* from, int64_t in, float* to, int64_t out, int64_t rows, int threads) {
+  const Product p{from, linear.weight, linear.bias, to, rows, in, out};
+  const DecoderKernels& k = kernels();
+  if (threads == 1 || rows * in * out < kSerialProduct) {
+    k.product(p, 0, out);
+    return;
+  }
+  const int64_t pieces = (out + kOutputs - 1) / kOutputs;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
+    const int64_t begin = pieces * i / n * kOutputs, end = pieces * (i + 1) / n * kOutputs;
+    if (begin < end) k.product(p, begin, std::min(end, out));
+  }
 }
 
 // residual += x; normed = its norm
@@ -154,20 +164,20 @@ StepFault decoder_step(const DecoderStack& stack, const DecoderStep& step) {
   std::memset(room.residual, 0, rows * row_bytes);
   for (const DecoderBlock& block : stack.blocks) {
     add_norm(room, block.attention_norm, rows, s.hidden, step.num_threads);
-    product(stack, block.qkv, room.normed, s.hidden, room.qkv, width, rows);
+    product(block.qkv, room.normed, s.hidden, room.qkv, width, rows, step.num_threads);
     attend(stack, block, step, room);
-    product(stack, block.out, room.mixed, heads, room.x, s.hidden, rows);
+    product(block.out, room.mixed, heads, room.x, s.hidden, rows, step.num_threads);
     add_norm(room, block.mlp_norm, rows, s.hidden, step.num_threads);
-    product(stack, block.gate_up, room.normed, s.hidden, room.gate_up, 2 * int64_t{s.intermediate}, rows);
+    product(block.gate_up, room.normed, s.hidden, room.gate_up, 2 * int64_t{s.intermediate}, rows, step.num_threads);
     gate(s, step, room);
-    product(stack, block.down, room.gated, s.intermediate, room.x, s.hidden, rows);
+    product(block.down, room.gated, s.intermediate, room.x, s.hidden, rows, step.num_threads);
   }
   add_norm(room, stack.norm, rows, s.hidden, step.num_threads);
   for (int64_t r = 0; step.states != nullptr && r < rows; ++r)
     std::memcpy(step.states + step.slots[r] * int64_t{s.hidden}, room.normed + r * s.hidden, row_bytes);
   for (int64_t i = 0; i < step.num_wanted; ++i)
     std::memcpy(room.wanted + i * s.hidden, room.normed + step.wanted[i] * s.hidden, row_bytes);
-  product(stack, stack.head, room.wanted, s.hidden, step.logits, s.vocab, step.num_wanted);
+  product(stack.head, room.wanted, s.hidden, step.logits, s.vocab, step.num_wanted, step.num_threads);
   return fault;
 }
 

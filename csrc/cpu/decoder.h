@@ -9,7 +9,6 @@
 namespace rainkernels {
 
 struct DecoderStack {
-  Sgemm sgemm;
   DecoderShape shape;
   const float* embedding;  // [vocab, hidden]
   std::vector<DecoderBlock> blocks;
@@ -28,7 +27,15 @@ int64_t decoder_workspace_floats(const DecoderShape& shape, int rows, int num_wa
 // Runs the step, unless a rule is broken: then nothing is written.
 StepFault decoder_step(const DecoderStack& stack, const DecoderStep& step);
 
+// y [rows, out] = x [rows, in] weight [out, in]^T + bias, for the outputs [begin, end).
+struct Product {
+  const float *x, *weight, *bias;  // bias: null for none
+  float* y;
+  int64_t rows, in, out;
+};
+
 struct DecoderKernels {
+  void (*product)(const Product& p, int64_t begin, int64_t end);
   // One row of q, k and v: norms the heads where there are norms, turns q and k; q stays, k and v go to their slots.
   void (*rotate_row)(const DecoderShape& shape, const DecoderBlock& block, float* qkv, const float* cos,
                      const float* sin, float* k, float* v);

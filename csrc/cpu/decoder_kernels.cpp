@@ -10,6 +10,10 @@ namespace rainkernels {
 namespace RK_ISA {
 namespace {
 
+RK_OUT_OF_LINE F16 some(const float* p, int n) {
+  return load_some(p, n);
+}
+
 void norm_head(float* head, int dim, const RmsNorm& norm) {
   F16 squares = zero();
   for (int i = 0; i < dim; i += 16) {
@@ -61,9 +65,191 @@ void gated_row(const float* gate_up, float* out, int n) {
   }
 }
 
+// Products. Each output is one chain of sixteen lanes over the row, then one tree: its bits depend on its row of x and
+// its row of the weight alone, whatever tile it lies in. Weights are read as they lie in the checkpoint.
+#if defined(RK_ISA_avx512)
+constexpr int kTileRows = 4, kTileOutputs = 4, kFewRows = 2, kFewOutputs = 8;
+#elif defined(RK_ISA_avx2)
+constexpr int kTileRows = 3, kTileOutputs = 2, kFewRows = 1, kFewOutputs = 4;
+#else
+constexpr int kTileRows = 1, kTileOutputs = 1, kFewRows = 1, kFewOutputs = 1;
+#endif
+// Many rows are done in blocks: kBlockRows pieces of x of kPiece floats stay in the first-level cache while the same
+// pieces of kBlockOutputs rows of the weight come from the second-level cache. Sums wait outside of registers between
+// pieces.
+constexpr int kBlockRows = 4 * kTileRows, kBlockOutputs = 16 * kTileOutputs, kPiece = 512;
+
+// Which part of the rows a tile goes over, where that part of x lies, and where sums wait: null where it is the whole.
+struct Piece {
+  int64_t begin, end;
+  bool first, last;
+  const float* x;
+  int64_t x_stride;
+  float* sums;
+};
+
+// y [R, C] = the sums of R * C vectors, by the tree of sum().
+template <int R, int C>
+RK_ALWAYS inline void store_sums(const F16 (&sums)[R][C], float* y, int64_t ldy) {
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) y[r * ldy + c] = sum(sums[r][c]);
+}
+
+#if defined(RK_ISA_avx512)
+// Sixteen trees at once: every addition adds halves of two vectors.
+template <int R>
+RK_ALWAYS inline void store_sums(const F16 (&sums)[R][4], float* y, int64_t ldy) {
+  __m512 quarter[4];  // of output c: four partial sums per row, a row in each 128 bits
+  for (int c = 0; c < 4; ++c) {
+    __m512 half[2];
+    for (int pair = 0; pair < 2; ++pair) {
+      const __m512 a = sums[2 * pair < R ? 2 * pair : 0][c].v, b = sums[2 * pair + 1 < R ? 2 * pair + 1 : 0][c].v;
+      half[pair] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    quarter[c] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+  }
+  __m512 eighth[2];
+  for (int pair = 0; pair < 2; ++pair) {
+    const __m512 a = quarter[2 * pair], b = quarter[2 * pair + 1];
+    eighth[pair] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  const __m512 all =
+      _mm512_add_ps(_mm512_shuffle_ps(eighth[0], eighth[1], 0x88), _mm512_shuffle_ps(eighth[0], eighth[1], 0xdd));
+  _mm_storeu_ps(y, _mm512_castps512_ps128(all));
+  if (R > 1) _mm_storeu_ps(y + ldy, _mm512_extractf32x4_ps(all, 1));
+  if (R > 2) _mm_storeu_ps(y + 2 * ldy, _mm512_extractf32x4_ps(all, 2));
+  if (R > 3) _mm_storeu_ps(y + 3 * ldy, _mm512_extractf32x4_ps(all, 3));
+}
+#endif
+
+template <int R, int C>
+RK_ALWAYS inline void tile(const Product& p, int64_t row, int64_t output, const Piece& piece) {
+  F16 sums[R][C];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) sums[r][c] = piece.first ? zero() : load(piece.sums + (r * C + c) * 16);
+  const float* const x = piece.x + row * piece.x_stride;
+  const float* const w = p.weight + output * p.in + piece.begin;
+  const int64_t size = piece.end - piece.begin;
+  int64_t i = 0;
+  for (; i + 16 <= size; i += 16) {
+    F16 weights[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) weights[c] = load(w + c * p.in + i);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const F16 a = load(x + r * piece.x_stride + i);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) sums[r][c] = fma(a, weights[c], sums[r][c]);
+    }
+  }
+  if (i < size) {
+    const int n = static_cast<int>(size - i);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c)
+        sums[r][c] = fma(some(x + r * piece.x_stride + i, n), some(w + c * p.in + i, n), sums[r][c]);
+  }
+  if (!piece.last) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) store(piece.sums + (r * C + c) * 16, sums[r][c]);
+    return;
+  }
+  float* const y = p.y + row * p.out + output;
+  store_sums(sums, y, p.out);
+  if (p.bias == nullptr) return;
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) y[r * p.out + c] += p.bias[output + c];
+}
+
+template <int C>
+RK_ALWAYS inline void tiles(const Product& p, int64_t row, int rows, int64_t output, const Piece& piece) {
+  switch (rows) {
+    case 1:
+      return tile<1, C>(p, row, output, piece);
+    case 2:
+      return tile<2, C>(p, row, output, piece);
+    case 3:
+      return tile<3, C>(p, row, output, piece);
+    default:
+      return tile<4, C>(p, row, output, piece);
+  }
+}
+
+// Rows [from, to) of the outputs [output, output + C), in tiles of nearly the same size.
+template <int C>
+void columns(const Product& p, int64_t from, int64_t to, int64_t output, Piece piece) {
+  const int64_t rows = to - from, count = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t begin = from + rows * b / count, end = from + rows * (b + 1) / count;
+    tiles<C>(p, begin, static_cast<int>(end - begin), output, piece);
+    if (piece.sums != nullptr) piece.sums += kTileRows * C * 16;
+  }
+}
+
+// Outputs [begin, end) of rows [from, to).
+void block(const Product& p, int64_t from, int64_t to, int64_t begin, int64_t end, const Piece& whole) {
+  Piece piece = whole;
+  int64_t o = begin;
+  for (; o + kTileOutputs <= end; o += kTileOutputs) {
+    columns<kTileOutputs>(p, from, to, o, piece);
+    if (piece.sums != nullptr) piece.sums += kBlockRows * kTileOutputs * 16;
+  }
+  for (; o < end; ++o) {
+    columns<1>(p, from, to, o, piece);
+    if (piece.sums != nullptr) piece.sums += kBlockRows * 16;
+  }
+}
+
+void few_rows(const Product& p, int64_t begin, int64_t end) {
+  const Piece whole{0, p.in, true, true, p.x, p.in, nullptr};
+  int64_t o = begin;
+  for (; o + kFewOutputs <= end; o += kFewOutputs) {
+    if (p.rows == 1)
+      tile<1, kFewOutputs>(p, 0, o, whole);
+    else
+      tile<kFewRows, kFewOutputs>(p, 0, o, whole);
+  }
+  for (; o < end; ++o) columns<1>(p, 0, p.rows, o, whole);
+}
+
+// Rows [from, to) of the outputs [begin, end), piece after piece. The pieces of x are brought together first: rows
+// whose distance is a multiple of 4 KB would otherwise fight for the same places of the first-level cache.
+void pieces(const Product& p, int64_t from, int64_t to, int64_t begin, int64_t end) {
+  alignas(64) thread_local float sums[kBlockRows * kBlockOutputs * 16];
+  alignas(64) thread_local float x[kBlockRows * kPiece];
+  for (int64_t at = 0; at < p.in; at += kPiece) {
+    const int64_t size = at + kPiece < p.in ? kPiece : p.in - at;
+    for (int64_t r = from; r < to; ++r) std::memcpy(x + (r - from) * kPiece, p.x + r * p.in + at, sizeof(float) * size);
+    const bool last = at + size == p.in;
+    block(p, from, to, begin, end, {at, at + size, at == 0, last, x - from * kPiece, kPiece, sums});
+  }
+}
+
+void product(const Product& p, int64_t begin, int64_t end) {
+  if (p.rows <= kFewRows) return few_rows(p, begin, end);
+  const Piece whole{0, p.in, true, true, p.x, p.in, nullptr};
+  for (int64_t o = begin; o < end; o += kBlockOutputs) {
+    const int64_t last = o + kBlockOutputs < end ? o + kBlockOutputs : end;
+    for (int64_t row = 0; row < p.rows; row += kBlockRows) {
+      const int64_t until = row + kBlockRows < p.rows ? row + kBlockRows : p.rows;
+      // Few rows leave the weights to be read from memory, which is done in longer runs.
+      if (p.rows <= kBlockRows || p.in <= kPiece)
+        block(p, row, until, o, last, whole);
+      else
+        pieces(p, row, until, o, last);
+    }
+  }
+}
+
 }  // namespace
 
-extern const DecoderKernels decoder_kernels{rotate_row, gated_row};
+extern const DecoderKernels decoder_kernels{product, rotate_row, gated_row};
 
 }  // namespace RK_ISA
 }  // namespace rainkernels

@@ -31,9 +31,8 @@ class Codec:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a whole prompt, with the tokenizer's beginning-of-text token where it has one."""
-        backend = self._backend
-        if backend is not None and backend.truncation is None and backend.padding is None:
-            ids: list[int] = backend.encode(text, add_special_tokens=True).ids
+        if self._backend is not None and _is_unset(self._backend) and not self.tokenizer.split_special_tokens:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
         else:
             ids = list(self.tokenizer(text, add_special_tokens=True)["input_ids"])
         if ids and ids[-1] in self.eos_token_ids:  # some tokenizers close every text; a prompt goes on
@@ -87,11 +86,16 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """The `tokenizers` object behind a tokenizer that adds nothing to it, else None: most of a short call is spent around it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     kind = type(tokenizer)
-    methods = [getattr(kind, name, None) for name in ("__call__", "decode", "_decode", "_encode_plus")]
-    plain = all(getattr(method, "__module__", None) in _PLAIN_MODULES for method in methods)
-    if backend is None or not plain or getattr(tokenizer, "split_special_tokens", False):
+    names = ("__call__", "decode", "_decode", "_encode_plus", "_switch_to_input_mode")
+    plain = all(getattr(getattr(kind, name, None), "__module__", None) in _PLAIN_MODULES for name in names)
+    if backend is None or not plain or any(name in vars(tokenizer) for name in names):
         return None
     return backend
+
+
+def _is_unset(backend: Any) -> bool:
+    """Whether no call of the tokenizer left a setting behind; transformers undoes them at its next call only."""
+    return backend.truncation is None and backend.padding is None and not backend.encode_special_tokens
 
 
 class TextStream:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rainkernels._blas import sgemm_address
-from rainkernels._checks import check_int, check_real, check_tensor
-from rainkernels._decoder_weights import BlockWeights, LinearWeight, NormWeight, StackWeights
+from rainkernels._checks import check_no_grad, check_outputs, check_tensor
+from rainkernels._decoder_weights import BlockWeights, LinearWeight, NormWeight, StackWeights, check_stack
 from rainkernels._lanes import choose_lane, native
-from rainkernels.errors import RangeError, ShapeError
+from rainkernels.errors import DtypeError, RangeError, ShapeError
 from rainkernels.ops._attention_plan import AttentionPlan, layout_of
 from rainkernels.ops.attention import tree_attention
 from rainkernels.reference import decoder as reference
@@ -27,17 +28,21 @@ _RULES = (
 
 
 def decoder_lane() -> str:
-    """The lane a DecoderStack takes: "cpu" where there is native code and torch exports its BLAS, else "reference"."""
+    """The lane a DecoderStack takes: "cpu", or "reference" where there is no native code or the machine is too old for it.
+
+    An x86 without fused multiply-add would compute each in software.
+    """
     lane = choose_lane("decoder", _CPU)
-    return "reference" if lane == "cpu" and not sgemm_address() else lane
+    if lane == "cpu" and platform.machine() in ("x86_64", "AMD64") and "RAINKERNELS_ISA" not in os.environ:
+        return "reference" if native().isa() == "baseline" else lane
+    return lane
 
 
 class DecoderStack:
     """The blocks of one model on the cpu, in float32.
 
-    A block: x += out(attention(rotary(norm(qkv(norm(x)))))), x += down(silu(gate) * up). Products are torch's own sgemm; where
-    that is row-invariant (MKL's strict mode), so is a step: a row's bits do not depend on the other rows, threads or
-    instruction set.
+    A block: x += out(attention(rotary(norm(qkv(norm(x)))))), x += down(silu(gate) * up). A row's bits do not depend on the
+    other rows, on threads or on the instruction set.
 
     Raises:
         DeviceError, DtypeError, ShapeError, StrideError, RangeError: naming the weight.
@@ -45,7 +50,7 @@ class DecoderStack:
     """
 
     def __init__(self, weights: StackWeights) -> None:
-        _check_stack(weights)
+        check_stack(weights)
         self.weights = weights
         self._pools: list[tuple[Tensor, Tensor]] = []
         self._num_slots = 0
@@ -60,11 +65,15 @@ class DecoderStack:
         w = self.weights
         if len(pools) != len(w.blocks):
             raise ShapeError(f"{len(pools)} pairs of pools were given for {len(w.blocks)} blocks: give one each")
-        slots = pools[0][0].shape[0]
+        slots: int | None = None  # as many as the first pool has
         for i, pair in enumerate(pools):
+            check_outputs(f"pools[{i}]", pair, ("k", "v"))
             for name, pool in zip(("k", "v"), pair, strict=True):
                 shape = (slots, w.num_kv_heads, w.head_dim)
                 check_tensor(f"pools[{i}].{name}", pool, dtype=torch.float32, shape=shape, device=_CPU)
+                check_no_grad(f"pools[{i}].{name}", pool)
+                slots = pool.shape[0]
+        assert slots is not None
         self._pools, self._num_slots = list(pools), slots
         if self._native is not None:
             self._native.set_pools([k.data_ptr() for k, _ in pools], [v.data_ptr() for _, v in pools])
@@ -105,24 +114,24 @@ class DecoderStack:
             0 if states is None else states.data_ptr(), wanted.data_ptr(), len(wanted), logits.data_ptr(), threads,
         )  # fmt: skip
         if rule:
-            value = int((ids, positions, slots, wanted)[rule - 1][index])
-            raise RangeError(
-                _RULES[rule].format(
-                    i=index,
-                    value=value,
-                    vocab=w.embedding.shape[0],
-                    positions=cos.shape[0],
-                    slots=self._num_slots,
-                    rows=rows,
-                )
-            )
+            raise self._fault(rule, index, (ids, positions, slots, wanted), len(cos))
         return logits
+
+    def _fault(self, rule: int, index: int, arguments: tuple[Tensor, ...], num_positions: int) -> RangeError:
+        return RangeError(
+            _RULES[rule].format(
+                i=index, value=int(arguments[rule - 1][index]), vocab=len(self.weights.embedding),
+                positions=num_positions, slots=self._num_slots, rows=len(arguments[0]),
+            )
+        )  # fmt: skip
 
     def _check_step(
         self, ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, cos: Tensor, sin: Tensor, wanted: Tensor,
         states: Tensor | None,
     ) -> int:  # fmt: skip
         w = self.weights
+        if not self._pools:
+            raise ShapeError("there are no pools yet: call set_pools() first")
         check_tensor("ids", ids, dtype=torch.int64, shape=(None,), device=_CPU)
         rows = ids.shape[0]
         check_tensor("positions", positions, dtype=torch.int64, shape=(rows,), device=_CPU)
@@ -131,11 +140,11 @@ class DecoderStack:
         check_tensor("sin", sin, dtype=torch.float32, shape=cos.shape, device=_CPU)
         check_tensor("wanted", wanted, dtype=torch.int64, shape=(None,), device=_CPU)
         if states is not None:
-            check_tensor(
-                "states", states, dtype=torch.float32, shape=(self._num_slots, w.norm.weight.shape[0]), device=_CPU
-            )
-        if not self._pools:
-            raise ShapeError("there are no pools yet: call set_pools() first")
+            hidden = w.embedding.shape[1]
+            check_tensor("states", states, dtype=torch.float32, shape=(self._num_slots, hidden), device=_CPU)
+            check_no_grad("states", states)
+        if not isinstance(plan, AttentionPlan):
+            raise DtypeError(f"plan must be an AttentionPlan from attention_plan(), got {type(plan).__name__}")
         if plan.num_rows != rows:
             raise ShapeError(f"ids has {rows} rows, the plan has {plan.num_rows}: build the plan from the same batch")
         if plan.max_slot >= self._num_slots:
@@ -153,16 +162,16 @@ class DecoderStack:
             )  # fmt: skip
 
         w = self.weights
-        limits = ((ids, w.embedding.shape[0]), (positions, len(cos)), (slots, self._num_slots), (wanted, len(ids)))
-        for rule, (values, limit) in enumerate(limits, start=1):
+        arguments = ids, positions, slots, wanted
+        limits = len(w.embedding), len(cos), self._num_slots, len(ids)
+        faults = []  # by row, then by rule; `wanted` last, as its entries are no rows
+        for rule, (values, limit) in enumerate(zip(arguments, limits, strict=True), start=1):
             wrong = torch.nonzero((values < 0) | (values >= limit)).flatten()
             if len(wrong):
-                i = int(wrong[0])
-                raise RangeError(
-                    _RULES[rule].format(
-                        i=i, value=int(values[i]), vocab=limit, positions=limit, slots=limit, rows=limit
-                    )
-                )
+                faults.append((rule == len(arguments), int(wrong[0]), rule))
+        if faults:
+            _, index, rule = min(faults)
+            raise self._fault(rule, index, arguments, len(cos))
         with torch.no_grad():
             final, logits = reference.step(w, ids, positions, slots, self._pools, attend, cos, sin, wanted)
             if states is not None:
@@ -179,7 +188,7 @@ def _native_stack(w: StackWeights) -> Any:
     vocab, hidden = w.embedding.shape
     shape = [hidden, intermediate, w.num_qo_heads, w.num_kv_heads, w.head_dim, vocab]
     stack = native().DecoderStack(
-        sgemm_address(), shape, w.embedding.data_ptr(), w.norm.weight.data_ptr(), w.norm.eps, w.head.weight.data_ptr(),
+        shape, w.embedding.data_ptr(), w.norm.weight.data_ptr(), w.norm.eps, w.head.weight.data_ptr(),
         _address(w.head.bias),
     )  # fmt: skip
     for block in w.blocks:
@@ -196,55 +205,3 @@ def _native_stack(w: StackWeights) -> Any:
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-
-def _check_stack(w: StackWeights) -> None:
-    check_int("num_kv_heads", w.num_kv_heads, 1)
-    check_int("num_qo_heads", w.num_qo_heads, 1)
-    check_int("head_dim", w.head_dim, 2)
-    if w.num_qo_heads % w.num_kv_heads or w.head_dim % 2:
-        raise ShapeError(
-            f"{w.num_qo_heads} query heads, {w.num_kv_heads} KV heads of {w.head_dim}: the first must be a multiple of the "
-            "second, the third even"
-        )
-    if not w.blocks:
-        raise ShapeError("blocks is empty: a stack has at least one block")
-    check_tensor("embedding", w.embedding, dtype=torch.float32, shape=(None, None), device=_CPU)
-    vocab, hidden = w.embedding.shape
-    _check_norm("norm", w.norm, hidden)
-    _check_linear("head", w.head, vocab, hidden)
-    queries, keys = w.num_qo_heads * w.head_dim, w.num_kv_heads * w.head_dim
-    intermediate = w.blocks[0].down.weight.shape[-1]
-    for i, block in enumerate(w.blocks):
-        name = f"blocks[{i}]."
-        _check_norm(name + "attention_norm", block.attention_norm, hidden)
-        _check_norm(name + "mlp_norm", block.mlp_norm, hidden)
-        _check_linear(name + "qkv", block.qkv, queries + 2 * keys, hidden)
-        _check_linear(name + "out", block.out, hidden, queries)
-        _check_linear(name + "gate_up", block.gate_up, 2 * intermediate, hidden)
-        _check_linear(name + "down", block.down, hidden, intermediate)
-        check_real(name + "softmax_scale", block.softmax_scale, "it must be finite in float32 and > 0", positive=True)
-        check_real(name + "softcap", block.softcap, "it must be finite in float32 and >= 0; 0 means none")
-        check_int(name + "sliding_window", block.sliding_window, 0, hint="tokens, 0 means none")
-        if block.sinks is not None:
-            check_tensor(name + "sinks", block.sinks, dtype=torch.float32, shape=(w.num_qo_heads,), device=_CPU)
-        if (block.q_norm is None) != (block.k_norm is None):
-            raise ShapeError(f"{name}q_norm and k_norm belong together: give both, or None for both")
-        if block.q_norm is not None and block.k_norm is not None:
-            _check_norm(name + "q_norm", block.q_norm, w.head_dim)
-            _check_norm(name + "k_norm", block.k_norm, w.head_dim)
-            if block.q_norm.eps != block.k_norm.eps:
-                raise RangeError(
-                    f"{name}q_norm has eps {block.q_norm.eps}, k_norm {block.k_norm.eps}: they must be equal"
-                )
-
-
-def _check_norm(name: str, norm: NormWeight, dim: int) -> None:
-    check_tensor(f"{name}.weight", norm.weight, dtype=torch.float32, shape=(dim,), device=_CPU)
-    check_real(f"{name}.eps", norm.eps, "it must be finite in float32 and >= 0")
-
-
-def _check_linear(name: str, linear: LinearWeight, rows: int, columns: int) -> None:
-    check_tensor(f"{name}.weight", linear.weight, dtype=torch.float32, shape=(rows, columns), device=_CPU)
-    if linear.bias is not None:
-        check_tensor(f"{name}.bias", linear.bias, dtype=torch.float32, shape=(rows,), device=_CPU)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from rainkernels._checks import check_tensor
+from rainkernels._checks import check_int, check_tensor
 from rainkernels._forest import HEADER_FREE_EMBEDDINGS, HEADER_FREE_ROWS, HEADER_ROOT
 from rainkernels._lanes import choose_lane, native
 from rainkernels._tree_errors import NO_ERROR
@@ -52,7 +52,8 @@ class _Buffers:
 class SingleTree:
     """A forest of one tree, on the cpu, that grows when it is full. Slots name nodes and stay valid while it grows.
 
-    The rules, edge cases and errors of a method are those of the op of its name; numbers are Python's.
+    The rules, edge cases and errors of a method are those of the op of its name; numbers are Python's. One thread at a time
+    may use a tree and its clones.
 
     Args:
         config: sizes to begin with, and the constants.
@@ -68,6 +69,12 @@ class SingleTree:
         other._adopt(self.forest.clone(), self._buffers)
         return other
 
+    def __deepcopy__(self, _memo: object) -> SingleTree:
+        return self.clone()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a SingleTree holds addresses of this process and cannot be pickled: use clone() for a copy")
+
     @property
     def root(self) -> int:
         """Slot of the root."""
@@ -77,7 +84,7 @@ class SingleTree:
         """Slots from the root to where the descent stopped, and whether it stopped because a child is wanted there."""
         buffers = self._buffers
         at, view = buffers.at, buffers.view
-        view["a"][0] = -1 if skip is None else skip
+        view["a"][0] = -1 if skip is None else _slot("skip", skip)
         if not self._native("select", at["a"], at["b"], at["c"], at["path"], at["d"]):
             out = ops.Selection(buffers.b, buffers.c, buffers.path, buffers.d)
             ops.select(self.forest, buffers.tree, buffers.a, out=out)
@@ -101,7 +108,7 @@ class SingleTree:
         buffers = self._buffers
         at, view = buffers.at, buffers.view
         slots = view["path"]
-        slots[: len(path)] = path
+        slots[: len(path)] = [_slot("path", at) for at in path]
         slots[len(path) :] = -1
         view["a"][0], view["x"][0] = len(path) - 1, value
         rows = (0, 0) if embedding is None or not len(embedding) else (embedding.data_ptr(), len(embedding))
@@ -126,7 +133,7 @@ class SingleTree:
         buffers = self._buffers
         at, view = buffers.at, buffers.view
         view["priors"][: len(priors)] = priors
-        view["a"][0], view["b"][0], view["c"][0] = slot, len(priors), set_length
+        view["a"][0], view["b"][0], view["c"][0] = _slot("slot", slot), len(priors), _slot("set_length", set_length)
         width = self.forest.config.max_children
         if not self._native("expand", at["a"], at["priors"], width, at["b"], at["c"], at["d"]):
             ops.expand(self.forest, buffers.tree, buffers.a, buffers.priors, buffers.b, buffers.c, out=buffers.d)
@@ -136,7 +143,7 @@ class SingleTree:
         """One more child; at the root its prior is mixed like the others'. None when there is no room for it."""
         buffers, mix = self._buffers, slot == self.root
         at, view = buffers.at, buffers.view
-        view["a"][0], view["x"][0] = slot, prior
+        view["a"][0], view["x"][0] = _slot("slot", slot), prior
         if not self._native("add_child", at["a"], at["x"], mix, at["b"]):
             ops.add_child(self.forest, buffers.tree, buffers.a, buffers.x, mix=mix, out=buffers.b)
         child = int(view["b"][0])
@@ -144,7 +151,7 @@ class SingleTree:
 
     def reroot(self, slot: int) -> list[int]:
         """Make a node the new root; the slots that are no nodes any more."""
-        self._buffers.view["a"][0] = slot
+        self._buffers.view["a"][0] = _slot("slot", slot)
         freed = ops.reroot(self.forest, self._buffers.tree, self._buffers.a)[0]
         gone: list[int] = torch.nonzero(freed).flatten().tolist()
         return gone
@@ -179,3 +186,10 @@ class SingleTree:
             return False
         run = getattr(native(), f"tree_{op}")
         return bool(run(self.forest.native_view(), self._buffers.at["tree"], 1, *arguments, 1) == NO_ERROR)
+
+
+def _slot(name: str, value: int) -> int:
+    """An int32; what is none would be cut to one without a word."""
+    if type(value) is not int or not -(1 << 31) <= value < 1 << 31:
+        check_int(name, value, 0)
+    return value

@@ -24,7 +24,7 @@ def step(
     x = stack.embedding[ids]
     turn = cos[positions][:, None], sin[positions][:, None]
     for block, (k_pool, v_pool) in zip(stack.blocks, pools, strict=True):
-        heads = linear(_norm(x, block.attention_norm), *block.qkv).view(len(ids), -1, stack.head_dim)
+        heads = linear(_norm(x, block.attention_norm), *block.qkv).unflatten(1, (-1, stack.head_dim))
         q, k, v = heads.split([stack.num_qo_heads, stack.num_kv_heads, stack.num_kv_heads], dim=1)
         if block.q_norm is not None and block.k_norm is not None:
             q, k = _norm(q, block.q_norm), _norm(k, block.k_norm)

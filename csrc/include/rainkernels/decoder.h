@@ -8,11 +8,6 @@
 
 namespace rainkernels {
 
-// Fortran's sgemm, column-major. Integers are passed as 64 bits, whose low half a 32-bit interface reads.
-using Sgemm = void (*)(const char* trans_a, const char* trans_b, const int64_t* m, const int64_t* n, const int64_t* k,
-                       const float* alpha, const float* a, const int64_t* lda, const float* b, const int64_t* ldb,
-                       const float* beta, float* c, const int64_t* ldc);
-
 // One linear layer: weight [out, in], bias [out] or null.
 struct Linear {
   const float *weight, *bias;

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from raindecode.engine.attention import AttentionOptions, KVPool, TreeContext, attend
 from raindecode.engine.batch import TokenBatch
 from raindecode.engine.rotary import NotFusible, RotaryTable
+from raindecode.engine.snapshot import Snapshot
 from rainkernels.ops.decoder import BlockWeights, DecoderStack, LinearWeight, NormWeight, StackWeights, decoder_lane
 from rainkernels.ops.edits import add_edit_rmsnorm
 
@@ -42,18 +43,11 @@ class FusedModel:
     def __init__(self, model: PreTrainedModel, options: dict[int, AttentionOptions]) -> None:
         base: Any = model.base_model
         head: Any = model.get_output_embeddings()
-        config = model.config.get_text_config()
-        _expect(base, {"embed_tokens", "layers", "norm", "rotary_emb"})
-        if type(base.embed_tokens) is not nn.Embedding:
-            raise NotFusible(f"its embedding is a {type(base.embed_tokens).__name__}")
-        _plain_linear(head, "its language-model head")
-        head_dim = int(getattr(getattr(base.layers[0], "self_attn", None), "head_dim", 0))
-        for index, layer in enumerate(base.layers):
-            _check_block(layer, index, options, head_dim)
+        if not Snapshot(model).is_plain:
+            raise NotFusible("a hook listens to it, or a module has a forward of its own")
+        head_dim = _check_model(base, head, options)
         final_norm = _norm(base.norm)
-        self.rotary = RotaryTable(base.rotary_emb, config, head_dim, model.dtype, model.device)
-        self._base = base
-        self._modules = [(parent, name, child) for parent in base.modules() for name, child in parent.named_children()]
+        self.rotary = RotaryTable(base.rotary_emb, model.config.get_text_config(), head_dim, model.dtype, model.device)
         self._acts = [layer.mlp.act_fn for layer in base.layers]
         self.weights = StackWeights(
             embedding=base.embed_tokens.weight.data,
@@ -69,17 +63,15 @@ class FusedModel:
         in_native = model.device.type == "cpu" and model.dtype == torch.float32 and decoder_lane() == "cpu"
         if in_native and all(type(act).__name__ in _SILU for act in self._acts):
             self._stack = DecoderStack(self.weights)
+        self._seen = Snapshot(model)  # after the parameters were joined
 
     @property
     def is_current(self) -> bool:
-        """Whether the model is still made of the modules seen at the start, and nobody listens to them.
+        """Whether the model is still what was fused.
 
-        An adapter put in or a hook registered since then is honoured by transformers' own forward only.
+        An adapter put in, a hook registered or a parameter replaced since then is honoured by transformers' own forward only.
         """
-        return not (self._base._forward_hooks or self._base._forward_pre_hooks) and all(
-            parent._modules[name] is child and not child._forward_hooks and not child._forward_pre_hooks
-            for parent, name, child in self._modules
-        )
+        return self._seen.holds
 
     def forward(self, batch: TokenBatch, context: TreeContext, wanted: Tensor, states: Tensor) -> Tensor:
         """Run a batch.
@@ -156,8 +148,38 @@ def _expect(module: nn.Module, names: set[str], optional: frozenset[str] | set[s
         raise NotFusible(f"its {type(module).__name__} is made of {', '.join(sorted(children))}")
 
 
-def _check_block(layer: Any, index: int, options: dict[int, AttentionOptions], head_dim: int) -> None:
-    """Everything is checked before any weight moves."""
+def _check_model(base: Any, head: Any, options: dict[int, AttentionOptions]) -> int:
+    """The width of a head. Everything is checked before any weight moves."""
+    _expect(base, {"embed_tokens", "layers", "norm", "rotary_emb"})
+    if type(base.embed_tokens) is not nn.Embedding:
+        raise NotFusible(f"its embedding is a {type(base.embed_tokens).__name__}")
+    _plain_linear(head, "its language-model head")
+    if head.weight.shape != base.embed_tokens.weight.shape:
+        raise NotFusible("its language-model head has other rows than its embedding")
+    if not len(base.layers):
+        raise NotFusible("it has no layers")
+    for index, layer in enumerate(base.layers):
+        _check_block(layer, index, options)
+        shapes, first = ([(name, p.shape) for name, p in each.named_parameters()] for each in (layer, base.layers[0]))
+        if shapes != first:
+            raise NotFusible(f"layer {index} has other shapes than layer 0")
+    parameters = [*base.parameters(), *head.parameters()]
+    if len({(p.dtype, p.device) for p in parameters}) > 1:
+        raise NotFusible("its parameters differ in dtype or device")
+    if not all(p.is_contiguous() for p in parameters):
+        raise NotFusible("some of its parameters have gaps or another order in memory")
+    if len(list(base.named_parameters())) != len(list(base.named_parameters(remove_duplicate=False))):
+        raise NotFusible("some of its modules share a parameter")
+    attention = base.layers[0].self_attn
+    head_dim, queries, keys = attention.head_dim, attention.q_proj.out_features, attention.k_proj.out_features
+    if any(layer.self_attn.head_dim != head_dim for layer in base.layers):
+        raise NotFusible("its layers have heads of several widths")
+    if head_dim < 2 or head_dim % 2 or queries % head_dim or keys % head_dim or queries % keys:
+        raise NotFusible(f"heads of {head_dim} do not divide {queries} queries and {keys} keys")
+    return int(head_dim)
+
+
+def _check_block(layer: Any, index: int, options: dict[int, AttentionOptions]) -> None:
     _expect(layer, _BLOCK)
     attention, mlp = layer.self_attn, layer.mlp
     _expect(attention, _ATTENTION, _HEAD_NORMS)
@@ -170,13 +192,16 @@ def _check_block(layer: Any, index: int, options: dict[int, AttentionOptions], h
     for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
         if len({part.bias is None for part in group}) > 1:
             raise NotFusible(f"some of the products of layer {index} have a bias and some have none")
-    if attention.v_proj.out_features != attention.k_proj.out_features or attention.head_dim != head_dim:
-        raise NotFusible(f"the heads of layer {index} differ in width")
+    head_dim = getattr(attention, "head_dim", None)
+    if not isinstance(head_dim, int) or attention.v_proj.out_features != attention.k_proj.out_features:
+        raise NotFusible(f"the heads of layer {index} have no width in common")
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     if hasattr(attention, "q_norm") or hasattr(attention, "k_norm"):
         head_norms = [getattr(attention, name, None) for name in sorted(_HEAD_NORMS)]
         if any(getattr(getattr(norm, "weight", None), "shape", None) != (head_dim,) for norm in head_norms):
             raise NotFusible(f"layer {index} norms queries and keys otherwise than head by head")
+        if _norm(head_norms[0]).eps != _norm(head_norms[1]).eps:
+            raise NotFusible(f"layer {index} norms queries and keys with an eps each")
         norms += head_norms
     for norm in norms:
         _norm(norm)
@@ -230,9 +255,12 @@ def _joined(*parts: nn.Linear) -> LinearWeight:
 
 def _merge(parts: Sequence[Tensor]) -> Tensor:
     if not _adjacent(parts):  # another Decoder may have joined them already
-        joined = torch.cat([part.data for part in parts])
-        for part, piece in zip(parts, joined.split([len(part) for part in parts]), strict=True):
-            part.data = piece
+        with torch.inference_mode(
+            parts[0].is_inference()
+        ):  # whatever mode the caller is in, parameters stay of their kind
+            joined = torch.cat([part.data for part in parts])
+            for part, piece in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+                part.data = piece
     first = parts[0].data
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 

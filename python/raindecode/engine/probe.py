@@ -11,15 +11,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from raindecode.engine.batch import TokenBatch
 from raindecode.engine.branch import Ledger
 from raindecode.engine.engine import Engine, LogitsRow, Task
-from raindecode.engine.model_runner import architecture
+from raindecode.engine.model_runner import ModelRunner, architecture
 from raindecode.engine.rotary import NotFusible
 from raindecode.engine.types import Want
 from raindecode.errors import UnsupportedModelError
+from rainkernels.ops.attention import attention_plan
 
 _log = logging.getLogger("raindecode")
 _STEM, _TAILS = 7, (3, 2)  # a prefix and two branches of unequal length
+_FAR, _FAR_ROWS = 4096, 24  # positions where a config names no context; rows spread over them
 _ROW_COUNTS = (1, 2, 3, 5, 8, 13, 33, 64)
 
 
@@ -69,18 +72,50 @@ def fuse_if_equal(engine: Engine) -> None:
     """Let the engine's model run as a FusedModel where it is of that form and gives the same logits, up to rounding."""
     runner = engine.runner
     sequences = _sequences(runner.model)
-    expected = _logits(engine, sequences)
+    expected = [*_logits(engine, sequences), *_far_logits(runner)]
     try:
         runner.fuse()
+        got = [*_logits(engine, sequences), *_far_logits(runner)]
     except NotFusible as reason:
         _log.debug("%s runs as transformers runs it: %s", architecture(runner.model), reason)
         return
-    got = _logits(engine, sequences)
     tolerance = 1e-4 if runner.model.dtype == torch.float32 else 0.05
-    error = max(_difference(*pair) for pair in zip(got, expected, strict=True))
+    errors = [_difference(*pair) for pair in zip(got, expected, strict=True)]
+    error = float(np.max(errors))  # NaN stays NaN
     if not error <= tolerance:
         runner.fused = None
         _log.debug("%s runs as transformers runs it: fused it differs by %.1e", architecture(runner.model), error)
+
+
+def _far_logits(runner: ModelRunner) -> list[LogitsRow]:
+    """Logits of a short path whose position ids are spread up to the model's context.
+
+    Some models scale attention by the position, from some position on (Ministral 3); a short path does not show it.
+    """
+    context = int(getattr(runner.model.config.get_text_config(), "max_position_embeddings", 0) or _FAR)
+    spread = sorted({int(p) for p in np.geomspace(1, max(context - 1, 1), _FAR_ROWS)})
+    rows = len(spread)
+    ids = torch.tensor([_tokens(rows, runner.model.config.get_text_config().vocab_size, 4)], device=runner.device)
+    slots = torch.arange(1, rows + 1, dtype=torch.int32)
+    plan = attention_plan(
+        segment_parent=torch.tensor([-1], dtype=torch.int32),
+        segment_start=torch.tensor([0], dtype=torch.int32),
+        segment_slots_indptr=torch.tensor([0, rows], dtype=torch.int32),
+        slots=slots,
+        row_segment=torch.zeros(rows, dtype=torch.int32),
+        row_position=torch.arange(rows, dtype=torch.int32),
+    )
+    positions = torch.tensor(spread, device=runner.device)
+    fused = runner.fused
+    if fused is not None:  # its table need not reach that far for a few rows
+        table, fused.rotary = fused.rotary, fused.rotary.renumbered(positions)
+        positions = torch.arange(rows, device=runner.device)
+    batch = TokenBatch(ids, positions[None], slots.to(runner.device), plan, {}, int(positions.max()))
+    try:
+        return list(runner.forward(batch, range(rows)).float().cpu().numpy())
+    finally:
+        if fused is not None:
+            fused.rotary = table
 
 
 def _difference(got: LogitsRow, expected: LogitsRow) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -45,15 +46,25 @@ class RotaryTable:
             self._grow()
         return self._cos, self._sin
 
-    @torch.inference_mode()
+    def renumbered(self, positions: Tensor) -> RotaryTable:
+        """A table whose position i is `positions[i]` of this one; for looking at far positions without all before them."""
+        other = copy(self)
+        other._cos, other._sin = self._turns(positions)
+        return other
+
     def _grow(self) -> None:
-        first, head_dim = self._cos.shape
-        positions = torch.arange(first, first + _BLOCK, device=self._like.device)[None]
-        try:
-            cos, sin = (part[0] for part in self._module(self._like, positions))
-        except (TypeError, ValueError, IndexError) as error:
-            raise NotFusible(f"its rotary module takes other arguments ({error})") from error
-        if cos.shape[1] != head_dim:
-            raise NotFusible(f"it turns {cos.shape[1]} of the {head_dim} dimensions of a head")
-        sin = torch.cat((-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]), dim=-1)
+        first = len(self._cos)
+        cos, sin = self._turns(torch.arange(first, first + _BLOCK, device=self._like.device))
         self._cos, self._sin = torch.cat((self._cos, cos)), torch.cat((self._sin, sin))
+
+    @torch.inference_mode()
+    def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `positions`, as `upto` returns them."""
+        try:
+            cos, sin = (part[0] for part in self._module(self._like, positions[None]))
+        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            raise NotFusible(f"its rotary module takes other arguments ({error})") from error
+        head_dim = self._cos.shape[1]
+        if cos.shape != (len(positions), head_dim) or sin.shape != cos.shape or cos.dtype != self._like.dtype:
+            raise NotFusible(f"it turns heads of {head_dim} by {list(cos.shape)} {cos.dtype}")
+        return cos, torch.cat((-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]), dim=-1)

@@ -69,7 +69,9 @@ class Answer:
         known = self._cannot_stop.get(token)
         if known is None:
             text = self._codec.decode([token])
-            loose = "\ufffd" in text or not text or any(last.isspace() and last != "\n" for last in self._last_characters)
+            loose = (
+                "\ufffd" in text or not text or any(last.isspace() and last != "\n" for last in self._last_characters)
+            )
             known = self._cannot_stop[token] = not loose and self._last_characters.isdisjoint(text)
         return known
 
