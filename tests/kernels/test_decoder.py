@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -68,6 +69,39 @@ def test_native_equals_the_reference(case: DecoderCase, monkeypatch: pytest.Monk
     assert pools[:, 1:17].abs().amin(dim=(0, 2, 3)).max() > 0
     assert not pools[:, 0].any()
     assert not pools[:, 17:].any()
+
+
+@pytest.mark.slow
+def test_random_stacks_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(200):
+        kv_heads = int(rng.integers(1, 4))
+        case = DecoderCase(
+            "random",
+            num_qo_heads=kv_heads * int(rng.integers(1, 5)),
+            num_kv_heads=kv_heads,
+            head_dim=2 * int(rng.choice([1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 128])),
+            hidden=int(rng.integers(1, 70)),
+            intermediate=int(rng.integers(1, 90)),
+            vocab=int(rng.integers(1, 90)),
+            num_blocks=int(rng.integers(1, 4)),
+            bias=bool(rng.integers(2)),
+            head_bias=bool(rng.integers(2)),
+            head_norms=bool(rng.integers(2)),
+            sinks=bool(rng.integers(2)),
+            softcap=float(rng.choice([0.0, 2.0])),
+            windows=tuple(int(w) for w in rng.choice([0, 1, 3, 300], 2)),
+        )
+        lengths = (290, 3, 2) if seed % 10 == 0 else tuple(int(n) for n in rng.integers(1, 30, int(rng.integers(1, 6))))
+        torch.set_num_threads(1 + seed % 2)
+        inputs, found = case.inputs(lengths, seed), []
+        for lane in ("cpu", "reference"):
+            monkeypatch.setenv("RAINKERNELS_LANE", lane)
+            stack = case.stack(sum(lengths) + 1, seed)
+            found.append((stack.step(*inputs), written(stack)))
+        for ours, expected in zip(*found, strict=True):
+            scale = max(1.0, float(expected.abs().max()))
+            torch.testing.assert_close(ours, expected, atol=5 * TOLERANCE * scale, rtol=0)
 
 
 def test_definition_of_a_block() -> None:
