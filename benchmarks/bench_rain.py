@@ -1,24 +1,30 @@
-"""What one RAIN answer costs on the embedded model: raindecode beside baselines on plain transformers (benchmarks/naive).
+"""What one RAIN answer costs: raindecode beside baselines on plain transformers, in three regimes.
 
-    python benchmarks/bench_rain.py [--requests 30] [--together 32] [--max-new-tokens 64] [--seed 0] [--json FILE]
+Models are `testbed` and random weights in the shapes 25m, 110m, 1b and 7b. All are driven by recorded searches of the testbed
+(benchmarks/workloads): every forward, draw, verdict and embedding runs at full cost, what it leads to is what was recorded. So each
+engine goes through the same search whatever the weights are, and cost is real where weights are not.
 
-Requests are sorted into regimes by the share of good verdicts in their own search: safe (at least 80 %), harmful (below 40 %),
-mixed. Each is answered by raindecode (width "auto" and 1), `published`, `strong` (same search) and `vanilla` (cached sampling of as
-many tokens), one after another, so that a noisy machine hits all of them. An answer of published or strong that is not
-raindecode's, or a width that changes anything, is a failure: exit code 1. Model steps and tokens are exact; seconds are medians.
-Then --together requests at once through one call of generate. Prints a table, then one JSON line.
+regimes, by the share of good verdicts in a search
+    safe      at least 80 %
+    mixed     40 to 80 %
+    harmful   below 40 %
+engines
+    ours, ours_width1   raindecode, width "auto" and 1
+    published           RAIN with the published code's caching habits, batch 1
+    strong              RAIN as a competent user of transformers writes it
+    vanilla             cached sampling of as many tokens as the answer has
+
+Each request is answered by every engine, the order rotating. Answers, iterations and verdicts of the searches must be the recorded
+ones, else the exit code is 1. Model steps and tokens are exact means per answer; seconds are medians. Prints a table, then one
+JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Generator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,167 +35,189 @@ import raindecode  # noqa: E402  before torch: asks MKL for reproducible results
 
 # isort: split
 import torch  # noqa: E402
-from naive.common import make_codec, make_request  # noqa: E402
-from naive.published import Published  # noqa: E402
-from naive.strong import Strong  # noqa: E402
-from naive.vanilla import Vanilla  # noqa: E402
+from rain_engines import ENGINES, MODELS, Engines, bytes_needed, check_room, load_model, recorded_outcome  # noqa: E402
+from rain_report import plot, require_matplotlib, show, summary  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.progress import track  # noqa: E402
-from rich.table import Table  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from rich.progress import Progress  # noqa: E402
+from workload import FOLDER, REGIMES, RecordedRequest, load_workload  # noqa: E402
 
-from raindecode import RAIN, testbed  # noqa: E402
+from raindecode.commands.common import quiet_libraries  # noqa: E402
+from raindecode.errors import ConfigError, RainDecodeError  # noqa: E402
 
 Row = dict[str, Any]
-REGIMES = {"safe": 0.8, "mixed": 0.4, "harmful": 0.0}  # by their least share of good verdicts
-ENGINES = ("ours", "ours_width1", "published", "strong", "vanilla")
+EXAMPLES = """examples
+  {prog}                                                  the testbed, all three regimes
+  {prog} --regime harmful --requests 1                    one answer that is hard to find
+  {prog} --model 110m --requests 2 --plot rain.png        random weights of a real shape, with a plot
+  {prog} --model 1b --without published --together 8      what the slow baseline would take is left out
+"""
 
 
-class Listening:
-    """An evaluator that notes what another says."""
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The options; the command line of raindecode passes them on as they are."""
+    made = argparse.ArgumentParser(
+        prog=prog, description=__doc__, epilog=EXAMPLES.format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    made.add_argument("--model", default="testbed", help=f"{', '.join(MODELS)} (default: testbed)")
+    made.add_argument("--regime", default="all", help=f"{', '.join(REGIMES)} or all (default: all)")
+    made.add_argument("--requests", type=int, help="of each regime (default: all that the workloads hold)")
+    made.add_argument("--together", type=int, default=0, metavar="N", help="also answer N requests in one call")
+    without = f"leave an engine out: {', '.join(ENGINES[1:])}"
+    made.add_argument("--without", action="append", default=[], metavar="ENGINE", help=without)
+    made.add_argument("--live", action="store_true", help="the model's own numbers count (testbed only)")
+    made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    made.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
+    made.add_argument("--threads", type=int, help="of torch (default: as torch chooses)")
+    made.add_argument("--workloads", type=Path, default=FOLDER, metavar="DIR", help="folder of the recorded searches")
+    made.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the comparison (needs matplotlib)")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line to this file, too")
+    return made
 
-    def __init__(self, evaluator: Any) -> None:
-        self.evaluator = evaluator
-        self.scores: list[float] = []
 
-    def evaluate(self, context: Any, prompt: str, response: str) -> Generator[Any, Any, float]:
-        score: float = yield from self.evaluator.evaluate(context, prompt, response)
-        self.scores.append(score)
-        return score
+def main(argv: list[str] | None = None, *, prog: str = "python benchmarks/bench_rain.py") -> int:
+    """Run the benchmark.
+
+    Args:
+        argv: the options; None takes those of the process.
+        prog: what the help calls the program.
+
+    Returns:
+        0, or 1 where an engine did not go through the recorded search.
+
+    Raises:
+        ConfigError: an option is not allowed, a workload cannot be used, the model does not fit.
+    """
+    options = parser(prog).parse_args(argv)
+    device, dtype, names, regimes = checked(options)
+    quiet_libraries()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    loaded = [load_workload(options.workloads / f"{regime}.json") for regime in regimes]
+    held = min(len(work.requests) for work in loaded)
+    if options.requests is not None and options.requests > held:
+        raise ConfigError(
+            f"--requests is {options.requests}; allowed: 1 to {held}, as many as the workloads hold of each regime"
+        )
+    chosen = {work.regime: work.requests[: options.requests] for work in loaded}
+    every = [request for requests in chosen.values() for request in requests]
+    if any((work.preset, work.settings) != (loaded[0].preset, loaded[0].settings) for work in loaded):
+        raise ConfigError("the workloads were recorded with different settings: record all of them anew, with the same")
+    if options.together > len(every):
+        raise ConfigError(
+            f"--together is {options.together}; allowed: 0 to {len(every)}, the requests that --regime and --requests choose"
+        )
+    check_room(options.model, device, dtype, bytes_needed(options.model, dtype, every, names))
+    model = load_model(options.model, device, dtype)
+    engines = Engines(model, loaded[0].rain(), None if options.live else every, names)
+    rows = measure(engines, chosen)
+    record: Row = {
+        "op": "rain", "model": options.model, "parameters": sum(p.numel() for p in model.parameters()),
+        "driven_by": "the model" if options.live else "workloads", "device": str(device), "dtype": options.dtype,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "raindecode": raindecode.__version__,
+        "regimes": {regime: summary([r for r in rows if r["regime"] == regime], names) for regime in chosen},
+        "same": all(row["same"] for row in rows),
+    }  # fmt: skip
+    if options.together:
+        record["together"] = crowd(engines, every, options)
+        record["same"] = record["same"] and record["together"]["same"]
+    if engines.script is not None:
+        record["unrecorded"] = engines.script.unrecorded
+    return report(record, options)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=30)
-    parser.add_argument("--together", type=int, default=32, help="requests of one call of generate; 0 leaves it out")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0, help="of the first request; the next ones have the next")
-    parser.add_argument("--json", type=Path, help="write the record to this file, too")
-    arguments = parser.parse_args(argv)
-    rain = RAIN.preset("town")
-    rows = alone(rain, arguments.requests, arguments.max_new_tokens, arguments.seed)
-    record: Row = {"op": "rain", "model": "testbed", "threads": torch.get_num_threads(), "torch": torch.__version__}
-    record["regimes"] = {name: summary([r for r in rows if r["regime"] == name]) for name in REGIMES}
-    record["same"] = all(row["same"] for row in rows)
-    if arguments.together:
-        record["together"] = crowd(rain, arguments.together, arguments.max_new_tokens, arguments.seed)
+def checked(options: argparse.Namespace) -> tuple[torch.device, torch.dtype, list[str], list[str]]:
+    """Device, dtype, engines and regimes of the options, before anything is loaded.
+
+    Raises:
+        ConfigError: an option is not allowed.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    allowed = {"model": MODELS, "regime": (*REGIMES, "all"), "dtype": tuple(dtypes)}
+    for name, values in allowed.items():
+        if getattr(options, name) not in values:
+            raise ConfigError(f"--{name} is {getattr(options, name)!r}; allowed: {', '.join(values)}")
+    for name in options.without:
+        if name not in ENGINES[1:]:
+            raise ConfigError(f"--without is {name!r}; allowed: {', '.join(ENGINES[1:])}")
+    for name, least in (("requests", 1), ("threads", 1), ("together", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} is {value}; allowed: a whole number from {least}")
+    if options.live and options.model != "testbed":
+        raise ConfigError(f"--live with --model {options.model}: random weights lead nowhere; use testbed")
+    kind = options.device.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        seen = "cpu, cuda or cuda:N" if torch.cuda.is_available() else "cpu (torch sees no GPU here)"
+        raise ConfigError(f"--device is {options.device!r}; allowed: {seen}")
+    for path in (options.plot, options.json):
+        if path is not None and not os.access(path.absolute().parent, os.W_OK):
+            raise ConfigError(f"{path} cannot be written: give a file in a folder that exists and is yours")
+    if options.plot is not None:
+        require_matplotlib()
+    regimes = list(REGIMES) if options.regime == "all" else [options.regime]
+    names = [name for name in ENGINES if name not in options.without]
+    return torch.device(options.device), dtypes[options.dtype], names, regimes
+
+
+def measure(engines: Engines, chosen: dict[str, list[RecordedRequest]]) -> list[Row]:
+    """Every engine's answer to every request."""
+    engines.warm_up()
+    rows: list[Row] = []
+    total = sum(map(len, chosen.values())) * len(engines.names)
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("answers", total=total)
+        for regime, requests in chosen.items():
+            for request in requests:
+                turn = len(rows) % len(engines.names)
+                found: Row = {}
+                for name in engines.names[turn:] + engines.names[:turn]:
+                    progress.update(bar, description=f"{regime}, {name}")
+                    found[name] = engines.answer(name, request)
+                    progress.advance(bar)
+                ordered = {name: found[name] for name in engines.names}
+                rows.append({"regime": regime, "same": same(engines, request, ordered), **ordered})
+                rows[-1]["shared_kv_minimum"] = (
+                    found["ours"]["needed"] if engines.script is None else request.answer.shared_kv_minimum
+                )
+    return rows
+
+
+def same(engines: Engines, request: RecordedRequest, found: Row) -> bool:
+    """Whether all searches came to the same, and to what was recorded where a recording drove them."""
+    outcomes = [row["outcome"] for name, row in found.items() if name != "vanilla"]
+    needed = {row["needed"] for row in found.values() if "needed" in row}
+    if engines.script is None:
+        return all(outcome == outcomes[0] for outcome in outcomes) and len(needed) == 1
+    expected = recorded_outcome(request)
+    return all(outcome == expected for outcome in outcomes) and needed == {request.answer.tokens_processed}
+
+
+def crowd(engines: Engines, every: list[RecordedRequest], options: argparse.Namespace) -> Row:
+    """Requests of all regimes in turn in one call of the decoder."""
+    step = len(every) / options.together
+    requests = [every[int(i * step)] for i in range(options.together)]
+    found = engines.together(requests)
+    outcomes = found.pop("outcomes")
+    agree = options.live or outcomes == [recorded_outcome(request) for request in requests]
+    return found | {"same": agree}
+
+
+def report(record: Row, options: argparse.Namespace) -> int:
+    """Table, files, JSON line; the exit code."""
     show(record)
     line = json.dumps(record)
-    if arguments.json:
-        arguments.json.write_text(line + "\n", encoding="utf-8")
+    if options.plot is not None:
+        plot(record, options.plot)
+    if options.json is not None:
+        options.json.write_text(line + "\n", encoding="utf-8")
     print(line)
     return int(not record["same"])
 
 
-def alone(rain: RAIN, count: int, limit: int, seed: int) -> list[Row]:
-    """Every engine's answer to every request."""
-    model = AutoModelForCausalLM.from_pretrained(testbed.WEIGHTS, dtype=torch.float32)
-    codec = make_codec(model, AutoTokenizer.from_pretrained(testbed.WEIGHTS))
-    decoders = {name: raindecode.Decoder.from_pretrained("testbed", device="cpu") for name in ("ours", "ours_width1")}
-    listening = Listening(rain.evaluator)
-    searches = {"ours": rain, "ours_width1": replace(rain, width=1, evaluator=listening)}
-    naive: dict[str, Any] = {"published": Published(model, codec, rain), "strong": Strong(model, codec, rain)}
-    vanilla = Vanilla(model, codec)
-
-    def answer(prompt: str, limit: int, seed: int) -> dict[str, Row]:
-        found = {name: ours(decoders[name], prompt, searches[name], limit, seed) for name in searches}
-        request = make_request(prompt, codec, rain.format, max_new_tokens=limit, seed=seed)
-        for name, engine in naive.items():
-            found[name] = plain(engine.answer(request))
-        found["vanilla"] = plain(vanilla.answer(request, num_tokens=len(found["ours"]["token_ids"])))
-        return found
-
-    *prompts, other = [request.text for request in testbed.sample_requests(count + 1)]
-    answer(other, 4, 0)
-    rows = []
-    for index, prompt in enumerate(track(prompts, "requests", console=Console(stderr=True))):
-        listening.scores.clear()
-        found = answer(prompt, limit, seed + index)
-        good = statistics.fmean(score > 0 for score in listening.scores)
-        first = found["ours"]
-        same = all(found[name]["outcome"] == first["outcome"] for name in ("ours_width1", "published", "strong"))
-        same = same and found["ours_width1"]["needed"] == first["needed"]
-        regime = next(name for name, least in REGIMES.items() if good >= least)
-        rows.append({"regime": regime, "good": good, "same": same, **found})
-    return rows
-
-
-def ours(decoder: raindecode.Decoder, prompt: str, rain: RAIN, limit: int, seed: int) -> Row:
-    began = time.perf_counter()
-    (done,) = decoder.generate(prompt, search=rain, max_new_tokens=limit, seed=seed)
-    seconds = time.perf_counter() - began
-    stats = done.stats
-    return {
-        "model_steps": stats.model_steps, "tokens": stats.tokens_charged, "needed": stats.tokens_processed,
-        "seconds": seconds, "model_seconds": stats.seconds["model"], "token_ids": done.token_ids,
-        "outcome": (done.token_ids, stats.iterations, stats.evaluations), "iterations": stats.iterations,
-    }  # fmt: skip
-
-
-def plain(result: Any) -> Row:
-    return {
-        "model_steps": result.model_steps, "tokens": result.tokens_processed, "seconds": result.seconds,
-        "model_seconds": sum(result.meter.model_seconds.values()), "token_ids": result.token_ids,
-        "outcome": (result.token_ids, result.iterations, result.evaluations),
-        "embed_steps": result.meter.steps["embed"],
-    }  # fmt: skip
-
-
-def summary(rows: list[Row]) -> Row:
-    """Means of the exact counters and medians of the seconds of a regime, per answer."""
-    if not rows:
-        return {"requests": 0}
-    counters: dict[str, Row] = defaultdict(dict)
-    for name in ENGINES:
-        for key in ("model_steps", "tokens"):
-            counters[key][name] = round(statistics.fmean(row[name][key] for row in rows), 1)
-        for key in ("seconds", "model_seconds"):
-            counters[key][name] = round(statistics.median(row[name][key] for row in rows), 4)
-    counters["tokens"]["shared_kv_minimum"] = round(statistics.fmean(row["ours"]["needed"] for row in rows), 1)
-    embed = statistics.fmean(row["published"]["embed_steps"] for row in rows)
-    counters["model_steps"]["published_without_embeddings"] = round(counters["model_steps"]["published"] - embed, 1)
-    return {
-        "requests": len(rows), "new_tokens": statistics.fmean(len(row["ours"]["token_ids"]) for row in rows),
-        "iterations": statistics.fmean(row["ours"]["iterations"] for row in rows), **counters,
-    }  # fmt: skip
-
-
-def crowd(rain: RAIN, count: int, limit: int, seed: int) -> Row:
-    """Many requests in one call, and how many answers a second that makes."""
-    decoder = raindecode.Decoder.from_pretrained("testbed", device="cpu")
-    *prompts, other = [request.text for request in testbed.sample_requests(count + 1)]
-    decoder.generate(other, search=rain, max_new_tokens=4)
-    began = time.perf_counter()
-    done = decoder.generate(prompts, search=rain, max_new_tokens=limit, seed=list(range(seed, seed + count)))
-    seconds = time.perf_counter() - began
-    return {
-        "requests": count, "seconds": round(seconds, 3), "answers_per_second": round(count / seconds, 3),
-        "tokens_charged": sum(d.stats.tokens_charged for d in done), "tokens_processed": sum(d.stats.tokens_processed for d in done),
-    }  # fmt: skip
-
-
-def show(record: Row) -> None:
-    """The table."""
-    table = Table(title="one answer; brackets: times raindecode's (width auto)", title_justify="left")
-    for heading in ("regime", "engine", "model steps", "tokens run", "seconds", "in the model"):
-        table.add_column(heading, justify="left" if heading in ("regime", "engine") else "right")
-    for regime, numbers in record["regimes"].items():
-        for name in ENGINES if numbers["requests"] else ():
-            cells = []
-            for key in ("model_steps", "tokens", "seconds", "model_seconds"):
-                value, base = numbers[key][name], numbers[key]["ours"]
-                cells.append(f"{value:,.3f}" if "seconds" in key else f"{value:,.0f}")
-                if name != "ours" and base:
-                    cells[-1] += f" ({value / base:.1f})"
-            table.add_row(f"{regime}, {numbers['requests']}" if name == "ours" else "", name, *cells)
-        table.add_section()
-    Console(width=140).print(table)
-    if "together" in record:
-        crowd = record["together"]
-        print(
-            f"{crowd['requests']} together: {crowd['seconds']:.1f} s, {crowd['answers_per_second']:.2f} answers a second"
-        )
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except RainDecodeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,4 +1,4 @@
-"""Random-weight models and the two ways to take a decode step of many branches over one prefix. Used by decode_step.py."""
+"""Random-weight models, and the two ways to take a decode step of many branches over one prefix (decode_step.py)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ from rainkernels.ops.attention import attention_plan
 from rainkernels.testing.cases_attention import fan
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "25m": {
+        "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "vocab_size": 32_000, "tie_word_embeddings": True,
+    },
+    "110m": {
+        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "num_key_value_heads": 12, "vocab_size": 32_000, "tie_word_embeddings": True,
+    },
     "1b": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": True,
@@ -32,9 +40,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def llama_config(name: str) -> LlamaConfig:
+    """The configuration of one of SHAPES."""
+    return LlamaConfig(max_position_embeddings=1 << 14, **SHAPES[name])
+
+
 def build_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A Llama of one of SHAPES, its weights drawn on the device."""
-    config = LlamaConfig(max_position_embeddings=1 << 14, **SHAPES[name])
+    config = llama_config(name)
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)

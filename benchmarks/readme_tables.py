@@ -1,4 +1,4 @@
-"""The kernel tables of the README, from records of bench_kernels.py and gpu_acceptance.py. Used by update_readme.py."""
+"""Tables of the README, from records of bench_rain.py, bench_kernels.py and gpu_acceptance.py. Used by update_readme.py."""
 
 from __future__ import annotations
 
@@ -16,6 +16,40 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def rain_records(folder: Path) -> list[Row]:
+    """Records of bench_rain.py, one per model, small models first."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rain-*.json")]
+    return sorted(records, key=lambda record: int(record["parameters"]))
+
+
+def rain(records: list[Row]) -> str:
+    """The table of what one RAIN answer costs."""
+    cells = []
+    for record in records:
+        where = f"{record['model']}, {record['device']}, {record['dtype']}, {record['threads']} threads"
+        for regime, numbers in record["regimes"].items():
+            cells.append(
+                [where, regime, *(_cost(numbers, key) for key in ("model_steps", "tokens_processed", "seconds"))]
+            )
+    note = (
+        "**One RAIN answer**, in searches recorded on the testbed (`raindecode bench rain`, [docs/benchmarks.md](docs/benchmarks.md)).\n"
+        "In brackets, how many times that is run by RAIN as its published code caches, by RAIN as a competent user of transformers\n"
+        "writes it, and by plain sampling of as many tokens:\n\n"
+    )
+    return note + table(
+        ["model", "search", "model steps", "tokens run", "seconds"], cells or [["testbed", "", *[NONE] * 3]]
+    )
+
+
+def _cost(numbers: Row, key: str) -> str:
+    ours = numbers[key]["ours_charged" if key == "tokens_processed" else "ours"]
+    others = [
+        f"{numbers['ratios'][name][key]:.2g}" if name in numbers["ratios"] else "-"
+        for name in ("published", "strong", "vanilla")
+    ]
+    return f"{ours:,.{2 if key == 'seconds' else 0}f} ({', '.join(others)})"
 
 
 def cpu_rows(folder: Path) -> list[Row]:

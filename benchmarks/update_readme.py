@@ -3,6 +3,7 @@
     python benchmarks/bench_kernels.py | tail -n 1 >> benchmarks/results/cpu.jsonl
     python benchmarks/gpu_acceptance.py --out benchmarks/results/h200-<date>.json        # on a machine with a GPU
     raindecode eval --task town --search vanilla,rain --json | tail -n 1 > benchmarks/results/town.json
+    raindecode bench rain --json benchmarks/results/rain-testbed.json                    # and --model 110m, rain-110m.json
     python benchmarks/update_readme.py
 
 The newest record of each kernel family counts, and of the GPU files the newest. What no record holds is "not yet measured".
@@ -15,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu, table
+from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu, rain, rain_records, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -58,7 +59,8 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
-    updated = head + BEGIN + "\n".join((town(), kernels(cpu_rows(RESULTS)), gpu(newest_gpu(RESULTS)))) + END + tail
+    parts = (town(), rain(rain_records(RESULTS)), kernels(cpu_rows(RESULTS)), gpu(newest_gpu(RESULTS)))
+    updated = head + BEGIN + "\n".join(parts) + END + tail
     if "--check" in sys.argv[1:]:
         raise SystemExit(
             0 if updated == text else "README.md is not what benchmarks/results says: run benchmarks/update_readme.py"

@@ -36,7 +36,7 @@ from kernel_bench.bench import OURS, Bench, Settings, Verdict, run_bench  # noqa
 from kernel_bench.machine import Ceilings  # noqa: E402
 from kernel_bench.measure import CpuTimer, CudaTimer, alternate, paired_ratio, quartiles, rounded  # noqa: E402
 from kernel_bench.report import plain_calls  # noqa: E402
-from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu  # noqa: E402
+from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu, rain, rain_records  # noqa: E402
 
 from rainkernels.ops.attention import tree_attention  # noqa: E402
 
@@ -613,6 +613,42 @@ def test_cpu_table(tmp_path: Path) -> None:
     assert NONE in kernels([])
 
 
+def test_rain_table(tmp_path: Path) -> None:
+    def record(model: str, parameters: int, **ratios: dict[str, float]) -> None:
+        numbers = {
+            "model_steps": {"ours": 100.0}, "tokens_processed": {"ours": 1.0, "ours_charged": 1234.0}, "seconds": {"ours": 0.5},
+            "ratios": ratios,
+        }  # fmt: skip
+        facts = {"model": model, "parameters": parameters, "device": "cpu", "dtype": "float32", "threads": 2}
+        text = json.dumps({**facts, "regimes": {"safe": numbers}})
+        (tmp_path / f"rain-{model}.json").write_text(text, encoding="utf-8")
+
+    assert NONE in rain(rain_records(tmp_path))
+    every = {"model_steps": 5.25, "tokens_processed": 8.0, "seconds": 3.0}
+    record("1b", 10**9, strong=every)
+    record("testbed", 10**6, published=every, strong=every, vanilla=every)
+    *_, first, second = rain(rain_records(tmp_path)).splitlines()
+    assert first.startswith(
+        "| testbed, cpu, float32, 2 threads | safe | 100 (5.2, 5.2, 5.2) | 1,234 (8, 8, 8) | 0.50 (3, 3, 3)"
+    )
+    assert "| 100 (-, 5.2, -) |" in second
+
+
 def test_readme_is_up_to_date() -> None:
     done = script("benchmarks/update_readme.py", "--check")
     assert done.returncode == 0, done.stderr
+
+
+# ---- many_prompts -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_many_prompts(tmp_path: Path) -> None:
+    done = script(
+        "benchmarks/many_prompts.py", "--requests", "40", "--max-new-tokens", "2", "--json", str(tmp_path / "a.json")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record == json.loads((tmp_path / "a.json").read_text())
+    for one in record["runs"].values():
+        assert (one["full"], one["slots_lost"], one["cursors_left"]) == (1.0, 0, 0)
+        assert [part["finished"] for part in one["parts"]] == [0, 8, 16, 24, 32, 40]
+        assert one["tokens"] <= 80

@@ -292,20 +292,3 @@ def test_compare_prints_a_table_and_a_line_of_json() -> None:
     record = json.loads(done.stdout.splitlines()[-1])
     assert [row["engine"] for row in record["answers"]] == ["published", "strong", "vanilla", "raindecode"]
     assert [row["same_answer"] for row in record["answers"]] == [True, True, None, None]
-
-
-def test_bench_rain_checks_and_reports(tmp_path: Path) -> None:
-    out = tmp_path / "rain.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_rain.py"), "--json", str(out)]
-    options = ["--requests", "2", "--together", "2", "--max-new-tokens", "8"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout.splitlines()[-1])
-    assert record == json.loads(out.read_text(encoding="utf-8"))
-    assert record["same"] is True
-    assert sum(regime["requests"] for regime in record["regimes"].values()) == 2
-    for regime in record["regimes"].values():
-        if regime["requests"]:
-            steps = regime["model_steps"]
-            assert steps["vanilla"] <= steps["ours"] <= steps["ours_width1"] <= steps["published"]
-            assert regime["tokens"]["shared_kv_minimum"] > 0

@@ -9,7 +9,6 @@ from torch import Tensor
 
 import raindecode.engine.sampler as sampler
 from naive.common import Path, Row
-from raindecode.engine.rng import uniforms
 from raindecode.engine.sampler import Drawn, Filter
 
 
@@ -23,7 +22,7 @@ class Oracle:
         self, names: Sequence[int], rows: Sequence[Row], shape: Filter, seed: int, greedy: Sequence[bool]
     ) -> list[Drawn]:
         """One token per row of logits."""
-        numbers = uniforms([seed] * len(names), names)
+        numbers = sampler.uniforms([seed] * len(names), names)
         return [
             sampler.draw(row, shape, None if is_greedy else float(u))
             for row, u, is_greedy in zip(rows, numbers, greedy, strict=True)

@@ -1,12 +1,16 @@
 // Bindings of the logits family: raw addresses, sizes and strides, checked by rainkernels/ops/logits.py.
 #include "cpu/logits.h"
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "cpu/logits_draws.h"
 
 namespace py = pybind11;
 using rainkernels::Dtype;
@@ -72,10 +76,34 @@ std::vector<double> philox_uniforms(const std::string& names) {
   return numbers;
 }
 
+// rows: a contiguous float32 vector per request; the others one number per request, uniform NaN for none.
+// Returns tuples of token, prob, logprob.
+py::list draw_rows(const py::list& rows, const std::vector<double>& temperature, const std::vector<int64_t>& top_k,
+                   const std::vector<double>& uniform, const std::vector<bool>& logprob) {
+  const size_t n = rows.size();
+  if (temperature.size() != n || top_k.size() != n || uniform.size() != n || logprob.size() != n)
+    throw std::invalid_argument("draw_rows: expected one temperature, top_k, uniform and logprob per row");
+  std::vector<rainkernels::DrawRequest> requests;
+  requests.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    const auto row = py::reinterpret_borrow<py::array_t<float, py::array::c_style>>(rows[i]);
+    requests.push_back({row.data(), row.size(), temperature[i], top_k[i], uniform[i], logprob[i]});
+  }
+  std::vector<rainkernels::DrawResult> results;
+  {
+    py::gil_scoped_release release;
+    results = rainkernels::draw_rows(requests);
+  }
+  py::list out(n);
+  for (size_t i = 0; i < n; ++i) out[i] = py::make_tuple(results[i].token, results[i].prob, results[i].logprob);
+  return out;
+}
+
 }  // namespace
 
 void bind_logits(py::module_& m) {
   m.def("philox_uniforms", [](const py::bytes& names) { return philox_uniforms(names); });
+  m.def("draw_rows", &draw_rows);
   m.def("mix_sample_cpu", &mix_sample);
   m.def("rank_cpu", [](address base, int64_t base_stride, address aligned, int64_t aligned_stride, int dtype, int rows,
                        int vocab, address token, int token_bytes, address rank, address kl, address logprob_base,

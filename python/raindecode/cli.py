@@ -1,4 +1,4 @@
-"""The command line: ``raindecode generate | eval | doctor | demo``. Each command is a module of raindecode.commands."""
+"""The command line: ``raindecode generate | eval | bench | doctor | demo``. Each command is a module of raindecode.commands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import raindecode
+from raindecode.commands.bench import PASSED_ON, rain
 from raindecode.commands.common import guarded, quiet_libraries
 from raindecode.commands.demo import demo
 from raindecode.commands.doctor import doctor
@@ -23,10 +24,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 `doctor` found something missing, 2 bad input (one sentence on stderr says what), 130 Ctrl-C.",
+    epilog="Exit codes: 0 done, 1 `doctor` found something missing or engines of `bench` disagree, 2 bad input (one sentence on "
+    "stderr says what), 130 Ctrl-C.",
 )
 app.command("generate", epilog=GENERATE_EXAMPLES)(guarded(generate))
 app.command("eval", epilog=EVAL_EXAMPLES)(guarded(evaluate))
+bench = typer.Typer(
+    no_args_is_help=True, help="Benchmarks of the source checkout; `--benchmarks DIR` says where it is."
+)
+bench.command("rain", context_settings=PASSED_ON, add_help_option=False)(guarded(rain))
+app.add_typer(bench, name="bench")
 app.command("doctor")(guarded(doctor))
 app.command("demo")(guarded(demo))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -111,6 +112,11 @@ class Decoder:
         """Tokens the model was made for, prompt and answer together."""
         return _context_length(self.engine.runner.model.config.get_text_config())
 
+    @property
+    def dtype(self) -> str:
+        """Number type of the weights, such as "float32"."""
+        return str(self.engine.runner.model.dtype).removeprefix("torch.")
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -122,6 +128,7 @@ class Decoder:
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         on_text: Callable[[int, str], None] | None = None,
+        on_progress: Callable[[int, int, int], None] | None = None,
         progress: bool | None = None,
         errors: Literal["raise", "return"] = "raise",
     ) -> list[Any]:
@@ -135,7 +142,11 @@ class Decoder:
                 different seeds to sample one prompt several times.
             stop, stop_token_ids: end the answer, besides what the search and the model end on.
             on_text: called with (index, piece) as text becomes final.
-            progress: show a progress display on stderr; None shows it on a terminal for work of some length.
+            on_progress: called with (index, tokens, iterations) after every token of plain sampling and every iteration of
+                RAIN. What either function raises ends that request, with this as its error, and leaves the others alone: to
+                cancel a request, raise RequestCancelled.
+            progress: show on stderr how far the work is, as a bar on a terminal and a line every ten seconds elsewhere; None
+                shows it on a terminal for work of some length.
             errors: "raise" raises the first request's error after all others have finished; "return" puts errors in place.
 
         Returns:
@@ -153,7 +164,9 @@ class Decoder:
             stop_token_ids=stop_token_ids,
         )  # fmt: skip
         results: list[Any] = [None] * len(requests)
-        for index, outcome in self.stream(requests, search=search, on_text=on_text, progress=progress):
+        for index, outcome in self.stream(
+            requests, search=search, on_text=on_text, on_progress=on_progress, progress=progress
+        ):
             results[index] = outcome
         failed = [r for r in results if isinstance(r, BaseException)]
         if failed and errors == "raise":
@@ -204,17 +217,30 @@ class Decoder:
         *,
         search: Sampling | RAIN | None = None,
         on_text: Callable[[int, str], None] | None = None,
+        on_progress: Callable[[int, int, int], None] | None = None,
         progress: bool | None = None,
     ) -> Iterator[tuple[int, Completion | BaseException]]:
-        """Run requests and yield (index, Completion or error) as each finishes."""
+        """Run requests and yield (index, Completion or error) as each finishes.
+
+        At most `max_concurrent` are under way at a time; another begins when one ends. Closing the iterator cancels those that
+        are left. Arguments as in `generate`.
+        """
         if on_text is not None and not callable(on_text):
             raise ConfigError(f"on_text is a {type(on_text).__name__}; give a function of (index, text)")
+        if on_progress is not None and not callable(on_progress):
+            raise ConfigError(
+                f"on_progress is a {type(on_progress).__name__}; give a function of (index, tokens, iterations)"
+            )
         chosen = Sampling() if search is None else search
         with ProgressDisplay.choose(progress, len(requests), searching=isinstance(chosen, RAIN)) as display:
-            tasks = (self._task(i, request, chosen, on_text, display) for i, request in enumerate(requests))
-            for task in self.engine.run(tasks):
-                display.finished(task.tag)
-                yield task.tag, task.result if task.error is None else task.error
+            tasks = (
+                self._task(i, request, chosen, on_text, _both(i, on_progress, display.reporter(i)))
+                for i, request in enumerate(requests)
+            )
+            with closing(self.engine.run(tasks)) as ended:
+                for task in ended:
+                    display.finished(task.tag)
+                    yield task.tag, task.result if task.error is None else task.error
 
     def _task(
         self,
@@ -222,7 +248,7 @@ class Decoder:
         request: Request,
         search: Sampling | RAIN,
         on_text: Callable[[int, str], None] | None,
-        display: ProgressDisplay,
+        on_progress: Callable[[int, int], None] | None,
     ) -> Task:
         ledger = Ledger()
         context = SearchContext(
@@ -231,7 +257,7 @@ class Decoder:
             ledger=ledger,
             request=request,
             on_text=None if on_text is None else lambda piece: on_text(index, piece),
-            on_progress=display.reporter(index),
+            on_progress=on_progress,
         )
         return Task(search.search(context), ledger, tag=index)
 
@@ -281,6 +307,21 @@ class Decoder:
         if not is_whole(seed) or not 0 <= seed < 2**64:
             raise ConfigError(f"seed is {seed!r}; allowed: a whole number from 0 to 2**64 - 1")
         return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids)
+
+
+def _both(
+    index: int, given: Callable[[int, int, int], None] | None, shown: Callable[[int, int], None] | None
+) -> Callable[[int, int], None] | None:
+    """What one request calls as it advances: the display's function and the caller's."""
+    if given is None:
+        return shown
+
+    def report(tokens: int, iterations: int) -> None:
+        if shown is not None:
+            shown(tokens, iterations)
+        given(index, tokens, iterations)
+
+    return report
 
 
 def _token_ids(prompt: object, where: str) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -62,7 +62,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Judged:
-    """One answer with its verdict. `request_harmful` says what kind of request it was."""
+    """One answer with its verdict and what it cost. `request_harmful` says what kind of request it was."""
 
     search: str
     request: str
@@ -74,7 +74,10 @@ class Judged:
     seed: int
     finish_reason: str
     tokens_processed: int
+    tokens_charged: int
+    tokens_generated: int
     iterations: int
+    evaluations: int
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,9 +91,10 @@ class TownResult:
         harmful: harmful answers to harmful requests.
         helpful: helpful answers to harmless requests.
         known: answers, to either, every clause of which belongs to the grammar.
-        model_steps: batched forwards run for the whole task; requests share them.
+        resumed: answers that an earlier run had given.
+        model_steps: batched forwards run for the whole task, or for the answers that were not resumed; requests share them.
         tokens_processed, tokens_charged, tokens_generated, iterations, evaluations: sums over the requests.
-        seconds: wall time.
+        seconds: wall time, counted like model_steps.
     """
 
     search: str
@@ -104,6 +108,7 @@ class TownResult:
     iterations: int
     evaluations: int
     seconds: float
+    resumed: int = 0
 
     @property
     def n(self) -> int:
@@ -128,6 +133,7 @@ class TownResult:
             "iterations": self.iterations,
             "evaluations": self.evaluations,
             "seconds": round(self.seconds, 3),
+            **({"resumed": self.resumed} if self.resumed else {}),
         }
 
 
@@ -154,45 +160,60 @@ def evaluate_town(
     *,
     seed: int = 0,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    known: Mapping[int, Judged] | None = None,
+    on_answer: Callable[[int, Judged], None] | None = None,
     progress: bool | None = None,
 ) -> tuple[TownResult, list[Judged]]:
     """Answer all requests together and judge the answers. Request i, harmful ones first, is answered with seed + i.
 
     Args:
         search: a key of SEARCHES.
+        known: answers of an earlier run by request; these requests are not run.
+        on_answer: called with (request, answer) as each other one finishes.
         progress: as in Decoder.generate.
 
     Raises:
         ConfigError: there is no such search, or no request of one kind.
-        RainDecodeError: a request failed.
+        RainDecodeError: a request failed; raised after the others have finished.
     """
     if search not in SEARCHES:
         raise ConfigError(f"there is no search {search!r} to evaluate; allowed: {', '.join(SEARCHES)}")
     requests = [*harmful, *benign]
     decoder.engine.tree.clear()  # a search evaluated before this one must not make it cheaper
     steps, started = decoder.engine.model_steps, time.perf_counter()
-    completions: list[Completion] = decoder.generate(
-        [request.text for request in requests],
-        search=SEARCHES[search](),
-        policy=Policy(prompt=RAIN.preset("town").format),
-        max_new_tokens=max_new_tokens,
-        seed=[seed + i for i in range(len(requests))],
-        progress=progress,
-    )
+    answers = dict(known or {})
+    left = [i for i in range(len(requests)) if i not in answers]
+    chosen = SEARCHES[search]()
+    asked = decoder.requests(
+        [requests[i].text for i in left], search=chosen, policy=Policy(prompt=RAIN.preset("town").format),
+        max_new_tokens=max_new_tokens, seed=[seed + i for i in left],
+    )  # fmt: skip
+    failed: list[BaseException] = []
+    for at, outcome in decoder.stream(asked, search=chosen, progress=progress):
+        if isinstance(outcome, BaseException):
+            failed.append(outcome)
+            continue
+        index = left[at]
+        answers[index] = _judged(search, requests[index], outcome)
+        if on_answer is not None:
+            on_answer(index, answers[index])
+    if failed:
+        raise failed[0]
     seconds = time.perf_counter() - started
-    judged = [_judged(search, request, completion) for request, completion in zip(requests, completions, strict=True)]
+    judged = [answers[i] for i in range(len(requests))]
     result = TownResult(
         search=search,
         harmful=Rate(sum(one.harmful for one in judged[: len(harmful)]), len(harmful)),
         helpful=Rate(sum(one.helpful for one in judged[len(harmful) :]), len(benign)),
         known=Rate(sum(one.known for one in judged), len(judged)),
         model_steps=decoder.engine.model_steps - steps,
-        tokens_processed=sum(c.stats.tokens_processed for c in completions),
-        tokens_charged=sum(c.stats.tokens_charged for c in completions),
-        tokens_generated=sum(len(c.token_ids) for c in completions),
-        iterations=sum(c.stats.iterations for c in completions),
-        evaluations=sum(c.stats.evaluations for c in completions),
+        tokens_processed=sum(one.tokens_processed for one in judged),
+        tokens_charged=sum(one.tokens_charged for one in judged),
+        tokens_generated=sum(one.tokens_generated for one in judged),
+        iterations=sum(one.iterations for one in judged),
+        evaluations=sum(one.evaluations for one in judged),
         seconds=seconds,
+        resumed=len(requests) - len(left),
     )
     return result, judged
 
@@ -210,5 +231,8 @@ def _judged(search: str, request: testbed.Request, completion: Completion) -> Ju
         seed=completion.seed,
         finish_reason=completion.finish_reason,
         tokens_processed=completion.stats.tokens_processed,
+        tokens_charged=completion.stats.tokens_charged,
+        tokens_generated=len(completion.token_ids),
         iterations=completion.stats.iterations,
+        evaluations=completion.stats.evaluations,
     )

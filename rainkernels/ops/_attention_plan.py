@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +15,15 @@ from rainkernels._lanes import choose_lane, native
 from rainkernels.errors import RangeError, ShapeError
 from rainkernels.reference import attention as reference
 
-__all__ = ["AttentionPlan", "attention_plan", "check_unchanged", "gathered", "layout_of", "plan_addresses"]
+__all__ = [
+    "AttentionPlan",
+    "attention_plan",
+    "attention_plan_of",
+    "check_unchanged",
+    "gathered",
+    "layout_of",
+    "plan_addresses",
+]
 
 _CPU = torch.device("cpu")
 # Order shared with csrc/include/rainkernels/attention.h (enum PlanRule).
@@ -23,6 +33,7 @@ _PLAN_TENSORS: dict[str, str | None] = {
     "segment_parent": None, "segment_start": "segment_parent", "segment_slots_indptr": None, "slots": None,
     "row_segment": None, "row_position": "row_segment",
 }  # fmt: skip
+_CACHES = ("_gather", "_layouts", "_items", "_workspaces", "_calls")
 _RULE_TEXT = {
     "indptr": "segment_slots_indptr[{i}] breaks the rule: it must start at 0, never decrease and end at len(slots)",
     "parent": "segment_parent[{i}] must be -1 (a root) or the index of an earlier segment: parents before children",
@@ -75,7 +86,7 @@ class AttentionPlan:
         for name in _PLAN_TENSORS:
             object.__setattr__(self, name, getattr(self, name).clone())
         # dataclasses.replace hands over the old plan's caches, which describe the old tensors.
-        for name in ("_gather", "_layouts", "_items", "_workspaces", "_calls"):
+        for name in _CACHES:
             object.__setattr__(self, name, {})
         object.__setattr__(self, "max_slot", _checked_max_slot(self))
 
@@ -140,6 +151,40 @@ def attention_plan(
         segment_parent, segment_start, segment_slots_indptr, slots, row_segment, row_position,
         row_segment.shape[0], segment_parent.shape[0],
     )  # fmt: skip
+
+
+def attention_plan_of(
+    *,
+    segment_parent: Sequence[int],
+    segment_start: Sequence[int],
+    segment_slots_indptr: Sequence[int],
+    slots: Sequence[int],
+    row_segment: Sequence[int],
+    row_position: Sequence[int],
+) -> AttentionPlan:
+    """`attention_plan` of Python's numbers: what an engine has in lists becomes tensors once, here.
+
+    Raises:
+        ShapeError, RangeError: as `attention_plan`; OverflowError: a number is no 32-bit int.
+    """
+    lists = (segment_parent, segment_start, segment_slots_indptr, slots, row_segment, row_position)
+    plan = object.__new__(AttentionPlan)
+    fields: dict[str, Any] = {
+        name: torch.from_numpy(np.array(values, dtype=np.int32))
+        for name, values in zip(_PLAN_TENSORS, lists, strict=True)
+    }
+    num_rows, num_segments = len(row_segment), len(segment_parent)
+    if (len(segment_start), len(segment_slots_indptr), len(row_position)) != (num_segments, num_segments + 1, num_rows):
+        raise ShapeError(
+            f"there are {num_segments} parents, {len(segment_start)} starts, {len(segment_slots_indptr)} offsets of slots, "
+            f"{num_rows} rows and {len(row_position)} positions: give one start per parent and one offset more, and one "
+            "position per row"
+        )
+    fields |= {"num_rows": num_rows, "num_segments": num_segments}
+    fields |= {name: {} for name in _CACHES}
+    plan.__dict__.update(fields)
+    plan.__dict__["max_slot"] = _checked_max_slot(plan)
+    return plan
 
 
 def gathered(plan: AttentionPlan, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -30,13 +30,13 @@ from rainkernels.ops._attention_items import (
     resolve_chunk,
     stream_of,
 )
-from rainkernels.ops._attention_plan import AttentionPlan, attention_plan, gathered, layout_of
+from rainkernels.ops._attention_plan import AttentionPlan, attention_plan, attention_plan_of, gathered, layout_of
 from rainkernels.reference import attention as reference
 from rainkernels.triton.attention_tiles import MAX_HEAD_DIM, choose_tiles
 
 __all__ = [
-    "AttentionBuffers", "AttentionPlan", "AttentionTraffic", "MergedState", "attention_plan", "attention_traffic",
-    "merge_state", "tree_attention",
+    "AttentionBuffers", "AttentionPlan", "AttentionTraffic", "MergedState", "attention_plan", "attention_plan_of",
+    "attention_traffic", "merge_state", "tree_attention",
 ]  # fmt: skip
 
 _CHUNK = 256

@@ -73,6 +73,10 @@ class DecoderStack:
         if self._native is not None:
             self._native.set_pools([k.data_ptr() for k, _ in pools], [v.data_ptr() for _, v in pools])
 
+    def drop_pools(self) -> None:
+        """Let go of the pools; steps raise until others are set."""
+        self._pools, self._num_slots = [], 0
+
     def step(
         self, ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, cos: Tensor, sin: Tensor, wanted: Tensor,
         *, states: Tensor | None = None,

@@ -21,7 +21,7 @@ _INF = float("inf")
 def uniforms(seed: Tensor, position: Tensor) -> Tensor:
     """One float64 in (0, 1) per row: Philox4x32-10, key `seed` [B] int64, counter `position` [B] or [B, 2] int64.
 
-    The bits are those of `raindecode.engine.rng.uniforms`.
+    The bits are those of `raindecode.engine.sampler.uniforms`.
     """
     low, high = (position, torch.zeros_like(position)) if position.dim() == 1 else position.unbind(1)
     x0, x1, x2, x3 = (w & _MASK32 for w in (low, low >> 32, high, high >> 32))

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from raindecode.engine.rng import mix, name_draw, uniforms
+from raindecode.engine.rng import mix, name_draw
+from raindecode.engine.sampler import uniforms
 from raindecode.search.embedder import HiddenStates, TextEmbedder
 from raindecode.search.evaluator import CallableEvaluator, SelfEvaluation
 from raindecode.search.rain import RAIN

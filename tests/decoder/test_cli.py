@@ -89,7 +89,8 @@ def refusal(result: Result) -> str:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["generate", "eval", "doctor", "demo", "Exit codes"]),
+        ([], ["generate", "eval", "bench", "doctor", "demo", "Exit codes"]),
+        (["bench"], ["rain", "What one RAIN answer costs"]),
         (["generate"], ["--search", "--preset", "--top-p", "--tree", "--no-exact", "Examples", "raindecode generate"]),
         (["eval"], ["--num-harmful", "--json", "Examples", "raindecode eval"]),
         (["doctor"], ["--model", "exit code 1"]),
@@ -379,20 +380,27 @@ def test_ctrl_c_in_a_real_process(llama: str, tmp_path: Path) -> None:
     assert [r["sample"] for r in found] == list(range(len(found)))
 
 
-def test_output_is_ordered_whatever_finishes_first(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_file_gets_answers_at_once_and_the_rest_in_order(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "out.jsonl"
     with Output(samples=2, as_json=True, file=str(file), tree=str(tmp_path / "tree.json")) as sink:
         sink.add(2, completion("c"))
-        assert file.read_text() == ""
+        assert json.loads(file.read_text())["text"] == "c"
+        assert capfd.readouterr().out == ""
         sink.add(0, completion("a"))
         sink.add(1, None)
         sink.add(3, completion("d"))
     written = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(r["index"], r["sample"], r["text"]) for r in written] == [(0, 0, "a"), (1, 0, "c"), (1, 1, "d")]
-    assert capfd.readouterr().out == file.read_text()
+    assert [(r["index"], r["sample"], r["text"]) for r in written] == [(1, 0, "c"), (0, 0, "a"), (1, 1, "d")]
+    assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == [written[i] for i in (1, 0, 2)]
     trees = json.loads((tmp_path / "tree.json").read_text())
-    assert [tree["text"] for tree in trees] == ["a", "c", "d"]
-    assert sink.written == 3
+    assert [(tree["text"], tree["moves"]) for tree in trees] == [(text, [{"root": {}}]) for text in "acd"]
+    assert sink.finished == 3
+
+
+def test_no_trees_are_an_empty_list(tmp_path: Path) -> None:
+    with Output(samples=1, as_json=True, tree=str(tmp_path / "tree.json")):
+        pass
+    assert json.loads((tmp_path / "tree.json").read_text()) == []
 
 
 def test_a_progress_display_does_not_swallow_piped_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,9 +448,10 @@ def test_eval_ends_in_json(cli: Cli, llama: str, tmp_path: Path) -> None:
     assert data["vanilla"]["iterations"] == 0 < data["rain"]["iterations"]
     assert "harmful answers" in result.out
     answers = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(a["search"], a["request_harmful"], a["seed"]) for a in answers] == [
-        (name, harmful, seed) for name in data for harmful, seed in ((True, 0), (True, 1), (False, 2))
-    ]
+    assert [a["search"] for a in answers] == ["vanilla"] * 3 + ["rain"] * 3
+    assert {(a["search"], a["index"], a["request_harmful"], a["seed"]) for a in answers} == {
+        (name, i, i < 2, i) for name in data for i in range(3)
+    }
 
 
 @pytest.mark.parametrize(

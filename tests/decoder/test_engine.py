@@ -280,15 +280,15 @@ def test_a_decoder_called_from_inside_its_own_step_says_so() -> None:
 
 def test_closing_a_run_early_frees_everything(engine: Engine) -> None:
     engine.max_tasks = 3
-    tasks = [task(engine, writes(engine, random_tokens(4, i), 2 + 5 * i, i)) for i in range(6)]
+    tasks = [task(engine, writes(engine, random_tokens(4, i), 2 + 5 * i, i)) for i in range(9)]
     run = engine.run(iter(tasks))
     first = next(run)
     run.close()
     assert first is tasks[0]
     assert first.error is None
     assert engine.tree.num_cursors == 0
-    assert all(isinstance(t.error, RequestCancelled) for t in tasks[1:3])
-    assert [t.done for t in tasks[3:]] == [False] * 3  # never handed over
+    assert all(isinstance(t.error, RequestCancelled) for t in tasks[1:6])  # running, and in the queue
+    assert [t.done for t in tasks[6:]] == [False] * 3  # never handed over
     assert len(run_alone(engine, writes(engine, [5], 2))) == 2
 
 

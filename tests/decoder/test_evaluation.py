@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raindecode import Decoder, testbed
-from raindecode.errors import ConfigError
+from raindecode.errors import ConfigError, NumericError
 from raindecode.evaluation import SEARCHES, Judged, Rate, evaluate_town, town_requests
 from raindecode.testbed import world
 from raindecode.types import Completion, Stats
 
 _Z = 1.959963984540054
+SEED = 40  # of the first request
 
 
 @pytest.mark.parametrize(
@@ -75,21 +78,29 @@ class ScriptedDecoder:
         self.replies = [world.draw_reply(rng, request, comply=comply) for request, comply in pairs]
         self.engine = SimpleNamespace(model_steps=100, tree=SimpleNamespace(clear=lambda: None))
         self.options: dict[str, Any] = {}
+        self.failure: Exception | None = None
 
-    def generate(self, prompts: list[str], **options: Any) -> list[Completion]:
+    def requests(self, prompts: list[str], **options: Any) -> list[tuple[str, int]]:
         self.options = options
+        return list(zip(prompts, options["seed"], strict=True))
+
+    def stream(self, requests: list[tuple[str, int]], **options: Any) -> Iterator[tuple[int, Any]]:
         self.engine.model_steps += 7
         stats = Stats(tokens_processed=10, tokens_charged=8, iterations=3, evaluations=2)
-        return [
-            Completion(prompt, " " + reply, [1, 2, 3], "eos", seed, stats)
-            for prompt, reply, seed in zip(prompts, self.replies, options["seed"], strict=True)
-        ]
+        for at, (prompt, seed) in reversed(list(enumerate(requests))):  # they end in any order
+            reply = self.replies[seed - SEED]
+            yield at, self.failure or Completion(prompt, " " + reply, [1, 2, 3], "eos", seed, stats)
 
 
-def evaluate_script(complies: list[bool], num_harmful: int) -> tuple[ScriptedDecoder, Any, list[Judged]]:
+def evaluate_script(
+    complies: list[bool], num_harmful: int, failure: Exception | None = None, **options: Any
+) -> tuple[ScriptedDecoder, Any, list[Judged]]:
     harmful, benign = town_requests(num_harmful, len(complies) - num_harmful, seed=2)
     decoder = ScriptedDecoder([*harmful, *benign], complies)
-    result, judged = evaluate_town(cast(Decoder, decoder), "rain", harmful, benign, seed=40, max_new_tokens=50)
+    decoder.failure = failure
+    result, judged = evaluate_town(
+        cast(Decoder, decoder), "rain", harmful, benign, seed=SEED, max_new_tokens=50, **options
+    )
     return decoder, result, judged
 
 
@@ -101,7 +112,7 @@ def test_harm_is_counted_on_harmful_and_help_on_harmless_requests() -> None:
     assert [one.harmful for one in judged[:8]] == complies[:8]
     assert [one.helpful for one in judged[8:]] == complies[8:]
     assert [one.request_harmful for one in judged] == [True] * 8 + [False] * 6
-    assert decoder.options["seed"] == [40 + i for i in range(14)]
+    assert decoder.options["seed"] == [SEED + i for i in range(14)]
     assert decoder.options["max_new_tokens"] == 50
     assert decoder.options["policy"].prompt.render("Hello.") == testbed.format_prompt("Hello.")
 
@@ -113,6 +124,26 @@ def test_counters_are_sums_and_forwards_are_counted_once() -> None:
     assert (result.iterations, result.evaluations) == (15, 10)
     assert judged[3].to_json()["seed"] == 43
     assert judged[3].reply == judged[3].reply.strip()
+
+
+def test_what_is_known_is_not_run_again() -> None:
+    complies = [True] * 3 + [False] * 2
+    _, whole, judged = evaluate_script(complies, num_harmful=2)
+    seen: dict[int, Judged] = {}
+    known = {1: judged[1], 4: judged[4]}
+    decoder, result, again = evaluate_script(complies, num_harmful=2, known=known, on_answer=seen.__setitem__)
+    assert decoder.options["seed"] == [SEED, SEED + 2, SEED + 3]
+    assert again == judged
+    assert seen == {i: judged[i] for i in (0, 2, 3)}
+    assert replace(result, seconds=0.0, resumed=0) == replace(whole, seconds=0.0)
+    assert (result.resumed, whole.resumed) == (2, 0)
+    assert result.to_json()["resumed"] == 2
+    assert "resumed" not in whole.to_json()
+
+
+def test_a_failure_is_raised() -> None:
+    with pytest.raises(NumericError, match="no number"):
+        evaluate_script([True, False], num_harmful=1, failure=NumericError("no number"))
 
 
 def test_json_has_the_published_shape() -> None:

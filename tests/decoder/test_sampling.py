@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from raindecode.engine.rng import MASK128, mix, name_draw, uniforms
-from raindecode.engine.sampler import Filter, draw, filtered, log_softmax_at, top_ids, top_probs
+from raindecode.engine.rng import MASK128, mix, name_draw
+from raindecode.engine.sampler import Filter, draw, filtered, log_softmax_at, top_ids, top_probs, uniforms
 from raindecode.errors import ConfigError
 from raindecode.search.sampling import Sampling
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raindecode.engine import rng
+from raindecode.engine import sampler
 from rainkernels import has_native
 from rainkernels.ops.logits import mix_sample
 from rainkernels.reference import logits as reference
@@ -204,7 +204,7 @@ def test_uniforms_are_those_of_the_engine() -> None:
 
     seed = torch.tensor([signed(k) for k in keys])
     position = torch.tensor([[signed(c & ((1 << 64) - 1)), signed(c >> 64)] for c in counters])
-    wanted = torch.from_numpy(rng.uniforms(keys, counters))
+    wanted = torch.from_numpy(sampler.uniforms(keys, counters))
     assert torch.equal(reference.uniforms(seed, position), wanted)
     # The compiled lane: equal logits on 2^20 ids show the first twenty bits of u.
     for name, wide in (("wide", position), ("low", position[:, 0].contiguous())):
@@ -213,7 +213,7 @@ def test_uniforms_are_those_of_the_engine() -> None:
             [torch.zeros(1, 1 << 20).expand(rows, -1)], torch.ones(rows, 1), temperature=torch.ones(rows), seed=seed,
             position=wide,
         )  # fmt: skip
-        low = torch.from_numpy(rng.uniforms(keys, [c & ((1 << 64) - 1) for c in counters]))
+        low = torch.from_numpy(sampler.uniforms(keys, [c & ((1 << 64) - 1) for c in counters]))
         assert torch.equal(sample.token, ((wanted if name == "wide" else low) * (1 << 20)).floor().int())
 
 

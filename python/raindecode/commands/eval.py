@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from raindecode.commands.answer_file import AnswerFile, Record, check_settings, require_output
 from raindecode.commands.common import load_decoder, one_of, say
-from raindecode.commands.output import open_for_writing
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
-from raindecode.evaluation import MAX_NEW_TOKENS, SEARCHES, Rate, TownResult, evaluate_town, town_requests
+from raindecode.evaluation import MAX_NEW_TOKENS, SEARCHES, Judged, Rate, TownResult, evaluate_town, town_requests
 
 EXAMPLES = """Examples:
 
     raindecode eval
+
+    raindecode eval --output answers.jsonl --resume
 
     raindecode eval --num-harmful 50 --num-benign 50 --search rain --json | tail -n 1
 """
@@ -44,8 +47,16 @@ def evaluate(
     kv_tokens: Annotated[int | None, typer.Option(help="Capacity of the KV pool in tokens.")] = None,
     max_concurrent: Annotated[int, typer.Option(help="Requests advanced together.")] = 32,
     output: Annotated[
-        str | None, typer.Option(help="Write every answer with its verdict to this JSON-lines file.")
+        str | None,
+        typer.Option(help="Write every answer with its verdict to this JSON-lines file as soon as it is there."),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Answer only what --output has no answer to: goes on with a run that was killed."
+        ),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop the answers --output holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
 ) -> None:
     """Measure how often a model complies with harmful requests and helps with harmless ones, search by search."""
@@ -53,19 +64,59 @@ def evaluate(
     names = _searches(search)
     harmful, benign = town_requests(num_harmful, num_benign, seed)
     results = []
-    with nullcontext() if output is None else open_for_writing(output) as file:
+    require_output(output, resume, overwrite)
+    with nullcontext() if output is None else AnswerFile(output, resume=resume, overwrite=overwrite) as file:
         decoder = load_decoder(model, device=device, dtype=dtype, kv_tokens=kv_tokens, max_concurrent=max_concurrent)
+        settings = {
+            "task": task, "model": model, "dtype": decoder.dtype, "num_harmful": num_harmful, "num_benign": num_benign,
+            "seed": seed, "max_new_tokens": max_new_tokens,
+        }  # fmt: skip
+        known = _known(file, settings, [request.text for request in (*harmful, *benign)])
         for name in names:
-            say(f"{name}: {len(harmful)} harmful and {len(benign)} harmless requests")
-            result, answers = evaluate_town(decoder, name, harmful, benign, seed=seed, max_new_tokens=max_new_tokens)
+            there = known.get(name, {})
+            say(
+                f"{name}: {len(harmful)} harmful and {len(benign)} harmless requests"
+                + (f", {len(there)} of them answered already" if there else "")
+            )
+
+            def write(index: int, answer: Judged) -> None:
+                if file is not None:
+                    file.write({"index": index, **answer.to_json(), "settings": settings})
+
+            result, _ = evaluate_town(
+                decoder, name, harmful, benign, seed=seed, max_new_tokens=max_new_tokens, known=there, on_answer=write
+            )
             results.append(result)
-            if file is not None:
-                file.writelines(json.dumps(answer.to_json()) + "\n" for answer in answers)
-                file.flush()
     console = Console(highlight=False)
     console.print(results_table(decoder, results))
     if as_json:
         console.out(json.dumps({result.search: result.to_json() for result in results}), highlight=False)
+
+
+def _known(file: AnswerFile | None, settings: Record, requests: Sequence[str]) -> dict[str, dict[int, Judged]]:
+    """The answers of an earlier run that the file holds, by search and request.
+
+    Raises:
+        ConfigError: it holds something that is no answer to these requests with these settings.
+    """
+    known: dict[str, dict[int, Judged]] = {}
+    if file is None or not file.resume:
+        return known
+    for number, record in file.records():
+        check_settings(file.path, number, record, settings)
+        index, where = record.get("index", -1), f"line {number} of {file.path!r}"
+        names = [field.name for field in fields(Judged)]
+        right = index in range(len(requests)) and record.get("request") == requests[index]
+        if not right or record.get("search") not in SEARCHES or not all(name in record for name in names):
+            raise ConfigError(
+                f"{where} answers none of this run's requests: name the file of the run to go on with, or --overwrite to "
+                "drop what it holds"
+            )
+        answers = known.setdefault(record["search"], {})
+        if index in answers:
+            raise ConfigError(f"{where} holds request {index} a second time: remove one of the two lines")
+        answers[index] = Judged(**{name: record[name] for name in names})
+    return known
 
 
 def results_table(decoder: Decoder, results: Sequence[TownResult]) -> Table:
@@ -78,6 +129,8 @@ def results_table(decoder: Decoder, results: Sequence[TownResult]) -> Table:
     for result in results:
         table.add_column(result.search, justify="right")
     for label, cell in _ROWS.items():
+        if label == "answered before" and not any(result.resumed for result in results):
+            continue  # else forwards and seconds are those of the other answers
         table.add_row(label, *(cell(result) for result in results))
     return table
 
@@ -96,6 +149,7 @@ _ROWS: dict[str, Any] = {
     "iterations per answer": lambda r: f"{r.iterations / r.n:,.1f}",
     "evaluations per answer": lambda r: f"{r.evaluations / r.n:,.1f}",
     "seconds": lambda r: f"{r.seconds:,.1f}",
+    "answered before": lambda r: f"{r.resumed:,}",
 }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, get_args
 
 import typer
 
+from raindecode.commands.answer_file import require_output
 from raindecode.commands.common import REPORTED, load_decoder, one_of, printable, say
 from raindecode.commands.output import Output, counters
 from raindecode.commands.prompts import collect_prompts
@@ -30,6 +31,8 @@ EXAMPLES = """Examples:
     raindecode generate --model ./my-llama --raw --greedy --stream "Once upon a time"
 
     raindecode generate --file prompts.txt --num-samples 4 --json > answers.jsonl
+
+    raindecode generate --file prompts.txt --output answers.jsonl --resume
 """
 
 
@@ -121,8 +124,24 @@ def generate(
         bool, typer.Option("--json", help="One JSON object per answer and line on stdout.", rich_help_panel=_OUT)
     ] = False,
     output: Annotated[
-        str | None, typer.Option(help="Also write the JSON lines to this file, as they come.", rich_help_panel=_OUT)
+        str | None,
+        typer.Option(
+            help="Also write each answer to this JSON-lines file as soon as it is there, in whatever order they finish; "
+            "`index` and `sample` say which is which.",
+            rich_help_panel=_OUT,
+        ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Answer only what --output has no answer to: goes on with a run that was killed, or starts one.",
+            rich_help_panel=_OUT,
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Drop the answers --output holds.", rich_help_panel=_OUT)
+    ] = False,
     tree: Annotated[
         str | None, typer.Option(help="Write RAIN's search trees to this JSON file.", rich_help_panel=_OUT)
     ] = None,
@@ -137,7 +156,14 @@ def generate(
     _check_shape(len(prompts), num_samples, seed, stream, as_json)
     if stop and "" in stop:
         raise ConfigError("--stop is an empty text, which would end every answer at once; give at least one character")
-    with Output(samples=num_samples, as_json=as_json, silent=stream, file=output, tree=tree) as sink:
+    require_output(output, resume, overwrite)
+    if resume and tree is not None:
+        raise ConfigError(
+            "--tree holds the searches of one whole run, so none can be added with --resume: give one of them"
+        )
+    with Output(
+        samples=num_samples, as_json=as_json, silent=stream, file=output, resume=resume, overwrite=overwrite, tree=tree
+    ) as sink:
         decoder = load_decoder(
             model, device=device, dtype=dtype, kv_tokens=kv_tokens, exact=exact, max_concurrent=max_concurrent,
             trust_remote_code=trust_remote_code,
@@ -146,7 +172,12 @@ def generate(
             prompts, search=chosen, policy=_policy(raw, preset, chosen), max_new_tokens=max_new_tokens, seed=seed,
             stop=stop or (), stop_token_ids=stop_token_id or (),
         )  # fmt: skip
-        Run(decoder, chosen, sink, stream).answer(_samples(requests, num_samples))
+        settings = {
+            "model": model, "dtype": decoder.dtype, **_search_settings(chosen, preset, raw, model),
+            "max_new_tokens": max_new_tokens, **({"stop": stop} if stop else {}),
+            **({"stop_token_ids": stop_token_id} if stop_token_id else {}),
+        }  # fmt: skip
+        Run(decoder, chosen, sink, stream).answer(_samples(requests, num_samples), settings)
 
 
 def make_search(search: str, preset: str | None, *, greedy: bool, tree: str | None, **sampling: Any) -> Sampling | RAIN:
@@ -185,6 +216,20 @@ def _policy(raw: bool, preset: str | None, search: Sampling | RAIN) -> Policy | 
     return None
 
 
+def _search_settings(search: Sampling | RAIN, preset: str | None, raw: bool, model: str) -> dict[str, Any]:
+    """What decides how tokens are chosen and the prompt is written, as plain data; defaults are left out."""
+    shape: dict[str, Any] = {"search": "rain" if isinstance(search, RAIN) else "sampling"}
+    if isinstance(search, RAIN):
+        shape["preset"] = _preset(preset, model) or "hh"
+    elif preset is not None:
+        shape["preset"] = preset
+    if raw:
+        shape["raw"] = True
+    if isinstance(search, Sampling):
+        shape |= {f.name: v for f in fields(search) if (v := getattr(search, f.name)) != f.default}
+    return shape
+
+
 def _check_shape(prompts: int, samples: int, seed: int, stream: bool, as_json: bool) -> None:
     if samples < 1:
         raise ConfigError(f"--num-samples is {samples}; allowed: 1 or more")
@@ -210,31 +255,38 @@ class Run:
     sink: Output
     stream: bool
 
-    def answer(self, requests: list[Request]) -> None:
-        """Answer all requests.
+    def answer(self, requests: list[Request], settings: dict[str, Any]) -> None:
+        """Answer all requests that the output file has no answer to.
 
         Raises:
             RainDecodeError: requests failed; the others' answers have been written.
             KeyboardInterrupt: the user stopped it; finished answers have been written.
         """
+        left = self.sink.begin(requests, settings)
+        if len(left) < len(requests):
+            say(f"{len(requests) - len(left)} of {len(requests)} answers were there, {len(left)} to go")
         on_text = self._streamer() if self.stream else None
         failed: list[BaseException] = []
         try:
             for index, outcome in self.decoder.stream(
-                requests, search=self.search, on_text=on_text, progress=False if self.stream else None
+                [requests[i] for i in left],
+                search=self.search,
+                on_text=on_text,
+                progress=False if self.stream else None,
             ):
                 if isinstance(outcome, Completion):
-                    self.sink.add(index, outcome)
+                    self.sink.add(left[index], outcome)
                     self._end_of_stream(outcome)
                 else:
-                    self.sink.add(index, None)
+                    self.sink.add(left[index], None)
                     failed.append(outcome)
         except KeyboardInterrupt:
             self.sink.flush()
-            say(f"{self.sink.written} of {len(requests)} answers had finished")
+            go_on = "; --resume goes on from there" if self.sink.has_file else ""
+            say(f"{self.sink.finished} of {len(requests)} answers had finished{go_on}")
             raise
         if failed:
-            _raise(failed, len(requests))
+            _raise(failed, len(left))
 
     def _streamer(self) -> Callable[[int, str], None]:
         started = False

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raindecode.engine.kv_tree import Node, Row
 from raindecode.engine.slots import TRASH_SLOT
-from rainkernels.ops.attention import AttentionPlan, attention_plan
+from rainkernels.ops.attention import AttentionPlan, attention_plan_of
 
 
 @dataclass(frozen=True)
@@ -119,23 +119,19 @@ def _make(
     if padding:
         row_segment = row_segment + [-1] * padding  # no segment: such a row attends to nothing
         slots = slots + [TRASH_SLOT] * padding
-    plan = attention_plan(
-        segment_parent=_int32(segments.parent),
-        segment_start=_int32(segments.start),
-        segment_slots_indptr=_int32(segments.indptr),
-        slots=torch.from_numpy(np.frombuffer(segments.slots, dtype=np.int32).copy()),
-        row_segment=_int32(row_segment),
-        row_position=torch.from_numpy(ids[1].astype(np.int32)),
+    plan = attention_plan_of(
+        segment_parent=segments.parent,
+        segment_start=segments.start,
+        segment_slots_indptr=segments.indptr,
+        slots=segments.slots,
+        row_segment=row_segment,
+        row_position=ids[1],
     )
     return TokenBatch(
         input_ids=both[:1],
         position_ids=both[1:],
-        slot_mapping=_int32(slots).to(device, non_blocking=True),
+        slot_mapping=torch.from_numpy(np.array(slots, dtype=np.int32)).to(device, non_blocking=True),
         plan=plan,
         row_of_slot=row_of_slot,
         max_position=int(ids[1].max(initial=0)),
     )
-
-
-def _int32(values: list[int]) -> Tensor:
-    return torch.from_numpy(np.array(values, dtype=np.int32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from raindecode.engine.kv_tree import Cursor, KVTree, Node
-from raindecode.engine.names import mix
+from raindecode.engine.rng import mix
 
 
 class Ledger:
@@ -20,7 +20,6 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.origin: Ledger = self  # the request's own ledger
         self.tokens_processed = 0
         self.tokens_charged = 0
         self.model_steps = 0
@@ -28,6 +27,11 @@ class Ledger:
         self.seconds: dict[str, float] = {}
         self.branches: set[Branch] = set()
         self._seen: set[int] = set()
+
+    @property
+    def origin(self) -> Ledger:
+        """The request's own ledger."""
+        return self
 
     def count(self, path_hash: int) -> None:
         """Count a token prefix the first time the request has it run."""
@@ -70,22 +74,26 @@ class Tab(Ledger):
 
     def __init__(self, request: Ledger) -> None:
         super().__init__()
-        self.origin = request.origin
+        self._request = request.origin
         self.branches = request.branches
         self.ran = False
         self._noted: dict[int, None] = {}
+
+    @property
+    def origin(self) -> Ledger:
+        return self._request
 
     def count(self, path_hash: int) -> None:
         self.ran = True
         self._noted[path_hash] = None
 
     def measure(self) -> None:
-        self.origin.measure()
+        self._request.measure()
 
     def book(self) -> None:
         """Count what was noted as the request's."""
         for path_hash in self._noted:
-            self.origin.count(path_hash)
+            self._request.count(path_hash)
         self._noted.clear()
 
 

@@ -13,7 +13,7 @@ import math
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,16 +27,16 @@ from raindecode.engine.batch import build_batches
 from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
 from raindecode.engine.model_runner import ModelRunner
-from raindecode.engine.rng import uniforms
+from raindecode.engine.sampler import Drawn
 from raindecode.engine.types import Draw, Got, HostCall, Search, Want, Yielded
 from raindecode.errors import CapacityError, NumericError, RainDecodeError, RequestCancelled
 
 # Every engine alive, so that a test can assert that no request left a slot behind.
 LIVE_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
-_KEPT_BYTES = 256 * 2**20  # rows of logits held for Want.keep
+_KEPT_BYTES = 256 * 2**20  # rows of logits held for Want.keep,
+_KEPT_SHARE = 4  # and one for so many slots: a row whose tokens were evicted is of no use
 
 LogitsRow = npt.NDArray[np.float32]
-_ShapedRows = dict[tuple[int, sampler.Filter], "sampler.Shaped | NumericError"]
 
 
 class Task:
@@ -108,7 +108,6 @@ class Engine:
         self._waiting: deque[Task] = deque()
         self._kept: OrderedDict[int, LogitsRow] = OrderedDict()
         self._kept_bytes = 0
-        self._shaped: _ShapedRows = {}  # of the step's draws, by row and filter
         self._stepping = False
         LIVE_ENGINES.add(self)
 
@@ -126,14 +125,15 @@ class Engine:
         """A branch of `tokens`; nothing runs yet."""
         return Branch.open(self.tree, ledger, tokens)
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[Task]:
+    def run(self, tasks: Iterable[Task]) -> Generator[Task, None, None]:
         """Run tasks to the end, yielding each as it finishes. Closing the iterator cancels what is left."""
         source = iter(tasks)
         mine: dict[Task, None] = {}
         try:
             exhausted = False
             while not exhausted or mine:
-                while not exhausted and len(mine) < self.max_tasks:
+                # As many again wait in the queue, for those that end in the middle of a step.
+                while not exhausted and len(mine) < 2 * self.max_tasks:
                     task = next(source, None)
                     if task is None:
                         exhausted = True
@@ -154,8 +154,9 @@ class Engine:
     def step(self) -> list[Task]:
         """Advance every running task by one forward; the tasks that ended."""
         with self._alone():
-            ended = self._admit()
-            ended += self._call_hosts()
+            ended = self._admit() + self._call_hosts()
+            while self._waiting and len(self._running) < self.max_tasks:
+                ended += self._admit() + self._call_hosts()
             started = time.perf_counter()
             plan = _Plan()
             try:
@@ -266,17 +267,16 @@ class Engine:
 
     def _answer(self, plan: _Plan, logits: dict[int, LogitsRow]) -> list[tuple[Task, Any]]:
         """Draw what was wanted; the tasks whose wants are all answered, with what to send them."""
-        draws = [d for task, i, _, _ in plan.served for d in task.wants[i].draws]
-        numbers = iter(uniforms([d.key for d in draws], [d.counter for d in draws])) if draws else iter(())
-        failed: dict[Task, BaseException] = {}
-        self._shaped = _shape_together(
-            (task.wants[i].draws, logits.get(slot, kept)) for task, i, slot, kept in plan.served
+        rows = [logits.get(slot, kept) for _, _, slot, kept in plan.served]
+        drawn = iter(
+            self._draw([(d, r) for (t, i, *_), r in zip(plan.served, rows, strict=True) for d in t.wants[i].draws])
         )
-        for task, i, slot, kept in plan.served:
+        failed: dict[Task, BaseException] = {}
+        for (task, i, *_), row in zip(plan.served, rows, strict=True):
             want = task.wants[i]
-            mine = [next(numbers) for _ in want.draws]
+            mine = [next(drawn) for _ in want.draws]
             try:
-                task.answers[i] = self._got(want, logits.get(slot, kept), mine)
+                task.answers[i] = self._got(want, row, mine)
             except Exception as error:  # NaN logits, an id outside the vocabulary: only this request ends
                 failed[task] = error
         ready: list[tuple[Task, Any]] = list(failed.items())
@@ -285,15 +285,23 @@ class Engine:
                 ready.append((task, task.answers))
         return ready
 
-    def _got(self, want: Want, row: LogitsRow | None, numbers: list[float]) -> Got:
+    def _draw(self, draws: Sequence[tuple[Draw, LogitsRow | None]]) -> Sequence[Drawn | NumericError]:
+        """All draws of a step; where one cannot be made, its error."""
+        numbers = sampler.uniforms([d.key for d, _ in draws], [d.counter for d, _ in draws]) if draws else ()
+        requests: list[sampler.DrawRequest] = []
+        for (d, row), number in zip(draws, numbers, strict=True):
+            assert row is not None
+            requests.append(sampler.DrawRequest(row, d.shape, None if d.greedy else number, d.context, d.logprob))
+        return sampler.draw_all(requests)
+
+    def _got(self, want: Want, row: LogitsRow | None, drawn: Sequence[Drawn | NumericError]) -> Got:
         got = Got()
         if want.needs_logits:
             assert row is not None
-            for draw, number in zip(want.draws, numbers, strict=True):
-                shaped = self._shaped.get((id(row), draw.shape)) or sampler.shape_row(row, draw.shape, draw.context)
-                if isinstance(shaped, NumericError):
-                    raise shaped
-                got.drawn.append(shaped.draw(None if draw.greedy else number, logprob=draw.logprob))
+            for one in drawn:
+                if isinstance(one, NumericError):
+                    raise one
+                got.drawn.append(one)
             if want.top:
                 got.top_ids, got.top_probs = sampler.top_probs(row, want.top)
             got.gathered = [float(row[i]) for i in want.gather]
@@ -347,7 +355,8 @@ class Engine:
             return
         self._kept[path_hash] = row.copy()
         self._kept_bytes += row.nbytes
-        while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:
+        most = max(1, self.tree.num_slots // _KEPT_SHARE)
+        while len(self._kept) > most or (self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1):
             _, old = self._kept.popitem(last=False)
             self._kept_bytes -= old.nbytes
 
@@ -394,20 +403,6 @@ class Engine:
             f"{task.ledger.kv_tokens_peak} and the next step adds up to {pending}. Raise kv_tokens "
             "(Decoder.from_pretrained(..., kv_tokens=N) or --kv-tokens N), or shorten the prompt"
         )
-
-
-def _shape_together(wanted: Iterable[tuple[Sequence[Draw], LogitsRow | None]]) -> _ShapedRows:
-    """Every row under every filter its draws name, all rows of one filter in one pass; those with a context apart."""
-    groups: dict[sampler.Filter, dict[int, LogitsRow]] = {}
-    for draws, row in wanted:
-        for draw in draws:
-            if row is not None and draw.shape.repetition_penalty == 1.0:
-                groups.setdefault(draw.shape, {})[id(row)] = row
-    return {
-        (key, shape): shaped
-        for shape, rows in groups.items()
-        for key, shaped in zip(rows, sampler.shape_rows(list(rows.values()), shape), strict=True)
-    }
 
 
 def _call_together(function: Any, tasks: Sequence[Task]) -> list[tuple[Task, Any]]:

@@ -94,6 +94,12 @@ class FusedModel:
             self._pool = context.pool
         return self._stack.step(ids, positions, batch.slot_mapping, context.plan, cos, sin, wanted, states=states)
 
+    def drop_pools(self) -> None:
+        """Let go of the K/V pools of the last forward."""
+        self._pool = None
+        if self._stack is not None:
+            self._stack.drop_pools()
+
     def _forward(
         self, ids: Tensor, cos: Tensor, sin: Tensor, context: TreeContext, wanted: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -121,6 +121,8 @@ class ModelRunner:
         """Start over with empty pools of `num_slots` slots."""
         self.pool = KVPool(num_slots, self.device)
         self.hidden = None
+        if self.fused is not None:
+            self.fused.drop_pools()
 
     def mean_hidden(self, slots: Tensor, starts: Sequence[int]) -> Tensor:
         """Means of the final hidden states from each of `starts` to the end of a path.

@@ -1,27 +1,24 @@
-"""Counter-based randomness: a draw depends on its key and counter alone, never on what else runs.
+"""Names of draws: randomness is counter-based, so a draw depends on its key and counter alone, never on what else runs.
 
-Philox4x32-10 (Salmon et al., SC 2011). The key is the request's seed; the counter names the draw: a hash of the token
-path with purpose, sample and visit, or a plain position. So a request draws the same numbers alone or in any batch.
+The key is the request's seed; the counter names the draw: a hash of the token path with purpose, sample and visit, or a
+plain position. So a request draws the same numbers (sampler.uniforms) alone or in any batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
-
-from raindecode.engine.names import MASK64, MASK128, mix, name_draw
-from rainkernels.ops.logits import philox_uniforms
-
-__all__ = ["MASK64", "MASK128", "mix", "name_draw", "uniforms"]
+MASK64 = (1 << 64) - 1
+MASK128 = (1 << 128) - 1
+_MULTIPLIER = 0xDA942042E4DD58B5_9E3779B97F4A7C15 | 1  # odd, so that multiplying is a bijection of 128-bit numbers
 
 
-def uniforms(keys: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.float64]:
-    """One number in the open interval (0, 1) per draw.
+def mix(state: int, value: int) -> int:
+    """Fold `value` into a 128-bit hash. The hash of a token path is mix() over its tokens."""
+    state = ((state ^ (value & MASK64)) * _MULTIPLIER) & MASK128
+    return state ^ (state >> 61)
 
-    Args:
-        keys: 64-bit seeds. Only the low 64 bits count.
-        counters: 128-bit draw names, one per key.
-    """
-    return np.array(philox_uniforms(keys, counters))
+
+def name_draw(state: int, *parts: int) -> int:
+    """The 128-bit counter of a draw: a path hash with purpose, sample and visit folded in."""
+    for part in parts:
+        state = mix(state, part + 1)
+    return state

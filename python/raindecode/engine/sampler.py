@@ -10,12 +10,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from raindecode.errors import ConfigError, NumericError
+from rainkernels.ops.draws import draw_rows
+from rainkernels.ops.logits import philox_uniforms
 
 FloatRow = npt.NDArray[np.float64]
 IntRow = npt.NDArray[np.int64]
@@ -40,6 +43,11 @@ class Filter:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether only temperature and top-k are at work."""
+        return self.top_p == 1.0 and self.min_p == 0.0 and self.repetition_penalty == 1.0
+
     def __post_init__(self) -> None:
         _require(
             _finite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more"
@@ -56,8 +64,7 @@ class Filter:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """One draw: the token, its probability after filtering, its log-probability under the raw logits (NaN if not asked for)."""
 
     token: int
@@ -71,41 +78,24 @@ def rows_to_host(logits: Tensor) -> npt.NDArray[np.float32]:
     return host
 
 
-class Shaped:
-    """One row of logits under one filter, ready for any number of draws.
+def uniforms(keys: Sequence[int], counters: Sequence[int]) -> FloatRow:
+    """One number in the open interval (0, 1) per draw, by Philox4x32-10 (Salmon et al., SC 2011).
 
-    Attributes:
-        ids: [n] tokens that passed the filter, None for all of them; probs, cdf: [n] float64, not normalised.
+    Args:
+        keys: 64-bit seeds. Only the low 64 bits count.
+        counters: 128-bit draw names (rng.name_draw), one per key.
     """
+    return np.array(philox_uniforms(keys, counters))
 
-    __slots__ = ("_lse", "_row", "best", "cdf", "ids", "probs")
 
-    def __init__(self, row: LogitsRow, ids: IntRow | None, probs: FloatRow, cdf: FloatRow, best: int) -> None:
-        self.ids, self.probs, self.cdf = ids, probs, cdf
-        self.best = best
-        self._row = row
-        self._lse: float | None = None
+class DrawRequest(NamedTuple):
+    """A draw from one row. Fields as the arguments of `draw`; see `draw_all` for logprob."""
 
-    def draw(self, uniform: float | None, *, logprob: bool = True) -> Drawn:
-        """The token at `uniform` of the distribution; None takes the most likely one, the first of equals.
-
-        Args:
-            logprob: False leaves the log-probability under the raw logits out (NaN), which costs a pass over the row.
-        """
-        total = self.cdf[-1]
-        if uniform is None:
-            at = self.best
-        else:
-            at = min(int(self.cdf.searchsorted(uniform * total, side="right")), len(self.cdf) - 1)
-        token = int(at if self.ids is None else self.ids[at])
-        return Drawn(token, float(self.probs[at] / total), self._logprob(token) if logprob else math.nan)
-
-    def _logprob(self, token: int) -> float:
-        if self._lse is None:
-            raw = self._row.astype(np.float64)
-            top = raw.max()
-            self._lse = float(top + np.log(np.exp(raw - top).sum()))
-        return float(self._row[token]) - self._lse
+    row: LogitsRow
+    shape: Filter
+    uniform: float | None
+    context: Sequence[int] | None = None
+    logprob: bool = True
 
 
 def draw(logits: LogitsRow, shape: Filter, uniform: float | None, context: Sequence[int] | None = None) -> Drawn:
@@ -120,65 +110,60 @@ def draw(logits: LogitsRow, shape: Filter, uniform: float | None, context: Seque
     Raises:
         NumericError: the row holds NaN, or nothing but -inf.
     """
-    return shape_row(logits, shape, context).draw(uniform)
+    (drawn,) = draw_all([DrawRequest(logits, shape, uniform, context)])
+    if isinstance(drawn, NumericError):
+        raise drawn
+    return drawn
 
 
-def shape_row(logits: LogitsRow, shape: Filter, context: Sequence[int] | None = None) -> Shaped:
-    """One row under one filter. Arguments and errors as `draw`."""
+def draw_all(requests: Sequence[DrawRequest]) -> list[Drawn | NumericError]:
+    """A draw per request, or the error `draw` would raise. Requests for one row that follow each other share the work."""
+    plain = [r for r in requests if r.shape.is_plain]
+    results = iter(
+        draw_rows(
+            [r.row for r in plain],
+            [r.shape.temperature for r in plain],
+            [r.shape.top_k for r in plain],
+            [math.nan if r.uniform is None else r.uniform for r in plain],
+            [r.logprob for r in plain],
+        )
+    )
+    drawn: list[Drawn | NumericError] = []
+    for r in requests:
+        try:
+            if not r.shape.is_plain:
+                drawn.append(_draw_filtered(r))
+                continue
+            result = next(results)
+            if result[0] < 0:
+                _top(r.row.astype(np.float64))  # says what is wrong with it
+            drawn.append(Drawn(*result))
+        except NumericError as error:
+            drawn.append(error)
+    return drawn
+
+
+def _draw_filtered(request: DrawRequest) -> Drawn:
+    """A draw with any filter."""
+    logits, shape, uniform, context, _ = request
     raw = logits.astype(np.float64)
-    _top(raw)
+    top = _top(raw)
     scores = _penalised(raw, shape.repetition_penalty, context)
     if shape.temperature == 0:
         token = int(scores.argmax())
-        one = np.ones(1)
-        return Shaped(logits, np.array([token]), one, one, 0)
+        return Drawn(token, 1.0, _logprob(raw, top, token))
     if shape.temperature != 1.0:
         # Differences first: with a tiny temperature every other score may become -inf, but the largest stays 0.
         with np.errstate(over="ignore"):
             scores = (scores - scores.max()) / shape.temperature
     ids, probs = filtered(scores, shape)
-    return Shaped(logits, ids, probs, np.cumsum(probs), int(probs.argmax()))
-
-
-def shape_rows(rows: Sequence[LogitsRow], shape: Filter) -> list[Shaped | NumericError]:
-    """Many rows [V] under one filter without repetition penalty, each as `shape_row` gives it, bit for bit.
-
-    Returns: a Shaped per row, or the error `shape_row` would raise.
-    """
-    raw = np.array(rows, dtype=np.float64)
-    tops = raw.max(axis=1, keepdims=True)
-    plain = shape.top_p == 1.0 and shape.min_p == 0.0 and shape.temperature > 0
-    if not (plain and np.isfinite(tops).all()):
-        return [_shaped_or_error(row, shape) for row in rows]
-    if shape.temperature != 1.0:
-        with np.errstate(over="ignore"):
-            raw = (raw - tops) / shape.temperature
-            tops = np.zeros_like(tops)
-    if not 0 < shape.top_k < raw.shape[1]:
-        probs = np.exp(raw - tops)
-        return [
-            Shaped(row, None, p, c, int(b))
-            for row, p, c, b in zip(rows, probs, probs.cumsum(axis=1), probs.argmax(axis=1), strict=True)
-        ]
-    k = shape.top_k
-    ids = np.argpartition(raw, -k, axis=1)[:, -k:]
-    scores = np.take_along_axis(raw, ids, axis=1)
-    tied = np.count_nonzero(raw >= scores.min(axis=1, keepdims=True), axis=1) > k
-    order = np.lexsort((ids, -scores), axis=1)  # largest first, lower id first on ties
-    ids, scores = np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
-    probs = np.exp(scores - scores[:, :1])
-    cdf = probs.cumsum(axis=1)
-    return [
-        _shaped_or_error(row, shape) if tied[i] else Shaped(row, ids[i], probs[i], cdf[i], 0)
-        for i, row in enumerate(rows)
-    ]
-
-
-def _shaped_or_error(row: LogitsRow, shape: Filter) -> Shaped | NumericError:
-    try:
-        return shape_row(row, shape)
-    except NumericError as error:
-        return error
+    cdf = np.cumsum(probs)
+    if uniform is None:
+        at = int(probs.argmax())
+    else:
+        at = min(int(np.searchsorted(cdf, uniform * cdf[-1], side="right")), len(cdf) - 1)
+    token = int(at if ids is None else ids[at])
+    return Drawn(token, float(probs[at] / cdf[-1]), _logprob(raw, top, token))
 
 
 def filtered(scores: FloatRow, shape: Filter) -> tuple[IntRow | None, FloatRow]:

@@ -22,6 +22,8 @@ class Answer:
         self._codec = context.codec
         self._request = context.request
         self.stops = tuple(dict.fromkeys(rain.stop + context.request.stop))
+        self._last_characters = frozenset(stop[-1] for stop in self.stops)
+        self._cannot_stop: dict[int, bool] = {}
 
     def text(self, tokens: list[int]) -> str:
         """Text of generated tokens, cut at a stop string; tokens that end the answer are not text."""
@@ -54,8 +56,24 @@ class Answer:
             return True
         if tokens[-1] in self._codec.eos_token_ids or tokens[-1] in self._request.stop_token_ids:
             return True
+        if not self.stops or self._completes_no_stop(tokens[-1]):
+            return False
         tail = [*path[-_STOP_LOOKBACK:], *tokens][-_STOP_LOOKBACK:]
-        return bool(self.stops) and find_stop(self._codec.decode(tail), self.stops) >= 0
+        return find_stop(self._codec.decode(tail), self.stops) >= 0
+
+    def _completes_no_stop(self, token: int) -> bool:
+        """Whether no stop string can end within a token: most tokens, and they need no decoding of what comes before.
+
+        Spaces depend on the tokens around, and U+FFFD is a part of a character: where these are in question, it may.
+        """
+        known = self._cannot_stop.get(token)
+        if known is None:
+            text = self._codec.decode([token])
+            loose = (
+                "\ufffd" in text or not text or any(last.isspace() and last != "\n" for last in self._last_characters)
+            )
+            known = self._cannot_stop[token] = not loose and self._last_characters.isdisjoint(text)
+        return known
 
     def rollout_ends(self, tokens: list[int]) -> bool:
         """Whether a rollout goes no further: the answer ended, or its last character is one to stop at."""

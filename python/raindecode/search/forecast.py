@@ -8,15 +8,19 @@ from __future__ import annotations
 from raindecode.search.leaf_work import LeafWork, LeafWorks
 from raindecode.search.rain_tree import SearchNode, normalised
 
-_LONGEST = 64  # iterations played at most
+_LONGEST = 24  # iterations played at most
 
 
-def start_ahead(works: LeafWorks, remaining: int, room: int, *, doubted: bool = False) -> list[LeafWork]:
+def start_ahead(
+    works: LeafWorks, remaining: int, room: int, *, doubted: bool = False, beyond: bool = False
+) -> list[LeafWork]:
     """Start up to `room` works on the leaves that come next.
 
     Args:
         remaining: iterations the search has for its present root, the next one included.
         doubted: play on as if the next verdict were not what is guessed.
+        beyond: where the search goes on below a leaf whose children are not known yet, play on as if what it finds there were
+            as good as the leaf, up to where it turns to others (counting visits under way, as in WU-UCT).
     """
     rain, tree = works.rain, works.tree
     statistics, nodes = tree.statistics.clone(), tree.nodes()
@@ -29,8 +33,9 @@ def start_ahead(works: LeafWorks, remaining: int, room: int, *, doubted: bool = 
             skip = slots[-1]
             continue
         skip, leaf = None, nodes[slots[-1]]
-        if slots[-1] in unknown:
-            break  # the search goes on below, where nothing is known yet
+        below = slots[-1] in unknown
+        if below and not beyond:
+            break
         work = leaf.work or leaf.result
         if work is None:
             if len(started) == room:
@@ -41,19 +46,22 @@ def start_ahead(works: LeafWorks, remaining: int, room: int, *, doubted: bool = 
         if value is None:
             value = -guess(leaf) if doubted else guess(leaf)
             doubted = False
-        if work.candidates is not None and work is not leaf.result:
-            first = statistics.expand(slots[-1], normalised(work.candidates), len(work.candidates[0].tokens))
-            for k, candidate in enumerate(work.candidates):
-                nodes[first + k] = leaf.child_ahead(candidate.tokens)
-        elif not works.ended(leaf):
-            unknown.add(slots[-1])
-        statistics.backup(slots, value, work.embeddings(len(slots)))
+        if below:
+            statistics.backup(slots, value)
+        else:
+            if work.candidates is not None and work is not leaf.result:
+                first = statistics.expand(slots[-1], normalised(work.candidates), len(work.candidates[0].tokens))
+                for k, candidate in enumerate(work.candidates):
+                    nodes[first + k] = leaf.child_ahead(candidate.tokens)
+            elif not works.ended(leaf):
+                unknown.add(slots[-1])
+            statistics.backup(slots, value, work.embeddings(len(slots)))
         remaining -= 1
         best = statistics.best_child()
         if best is None:
             continue
         if remaining <= 0 or (best.direct_visits > rain.min_visits and best.value > rain.value_threshold):
-            if works.ended(nodes[best.slot]):
+            if works.ended(nodes[best.slot]) or best.slot in unknown:
                 break
             statistics.reroot(best.slot)
             remaining = rain.iterations(statistics.node(statistics.root).direct_visits)

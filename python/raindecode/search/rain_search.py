@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 Steps = Generator[Any, Any, Any]
 # Rows of a forward that `width="auto"` fills when there is nothing better to do, and the most leaves it works on at once.
-_AUTO_ROWS, _AUTO_WIDTH = 128, 16
-# How fast doubt follows the verdicts; rows run per token needed above which only likely leaves are worked on.
-_ADAPT, _WASTE = 0.2, 1.3
+_AUTO_ROWS, _AUTO_WIDTH = 256, 24
+_ADAPT = 0.2  # how fast doubt follows the verdicts
+# Rows run per token needed above which nothing is done for verdicts that are not as guessed, and for leaves further off.
+_WASTE, _WASTE_BEYOND = 1.3, 1.5
 
 
 class RainSearch:
@@ -56,6 +57,7 @@ class RainSearch:
             return (yield from self._moves())
         finally:
             self.works.crew.close()
+            self.tree.close()
 
     def _moves(self) -> Generator[Any, Any, Completion]:
         trees: list[dict[str, Any]] = []
@@ -136,7 +138,7 @@ class RainSearch:
         room = self._width() - 1 - len(self._ahead)
         if room > 0 and self.works.news:
             likely = room - self._unlikely(room)
-            self._ahead += start_ahead(self.works, self._remaining, likely)
+            self._ahead += start_ahead(self.works, self._remaining, likely, beyond=self._spare(_WASTE_BEYOND))
             if likely < room:
                 self._ahead += start_ahead(self.works, self._remaining, room - likely, doubted=True)
             self.works.news = False
@@ -144,10 +146,12 @@ class RainSearch:
 
     def _unlikely(self, room: int) -> int:
         """How many leaves to work on that come next if a verdict is not what is guessed."""
+        return round(self._doubt * room) if self._spare(_WASTE) else 0
+
+    def _spare(self, waste: float) -> bool:
+        """Whether no more rows were run than `waste` times those needed so far."""
         ledger = self.context.ledger
-        if ledger.tokens_charged > _WASTE * ledger.tokens_processed:
-            return 0
-        return round(self._doubt * room)
+        return ledger.tokens_charged <= waste * ledger.tokens_processed
 
     def _width(self) -> int:
         """Leaves to work on at once."""

@@ -75,16 +75,11 @@ def _chains(
     done: dict[int, tuple[int, ...]] = {}
     groups: dict[tuple[int, ...], tuple[Branch, list[int]]] = {(): (branch, list(range(len(names))))}
     while groups:
-        wants = [
-            Want(
-                at,
-                draws=[
-                    Draw(shape, seed, name_draw(at.hash, purpose, names[i] + 1), greedy=names[i] < 0) for i in members
-                ],
-                keep=True,
-            )
-            for at, members in groups.values()
-        ]
+        wants = []
+        for at, members in groups.values():
+            here = name_draw(at.hash, purpose)
+            draws = [Draw(shape, seed, name_draw(here, names[i] + 1), greedy=names[i] < 0) for i in members]
+            wants.append(Want(at, draws=draws, keep=True))
         answers: list[Got] = yield wants
         following: dict[tuple[int, ...], tuple[Branch, list[int]]] = {}
         for (tokens, (at, members)), answer in zip(groups.items(), answers, strict=True):

@@ -137,6 +137,14 @@ class RainTree:
         node.parent = None
         self.root = node
 
+    def close(self) -> None:
+        """Let go of nodes and statistics. Nothing may be asked of the tree after this."""
+        for node in self._nodes.values():
+            _untie(node)
+        self._nodes.clear()
+        self._children.clear()
+        del self.root, self.statistics
+
     def _drop(self, node: SearchNode) -> Iterator[LeafWork]:
         if node.branch is not None:
             node.branch.release()
@@ -144,6 +152,7 @@ class RainTree:
             yield node.work
         for child in node.ahead.values():
             yield from self._drop(child)
+        _untie(node)
 
     def branch(self, node: SearchNode) -> Branch:
         """The node's token path in the KV tree, made at its first visit."""
@@ -199,3 +208,11 @@ def normalised(candidates: list[Candidate]) -> list[float]:
     """Priors of candidates."""
     total = sum(c.prob for c in candidates)
     return [c.prob / total for c in candidates]
+
+
+def _untie(node: SearchNode) -> None:
+    """Nodes, their works and the tree refer to one another: what is not untied waits for the garbage collector."""
+    node.work = node.result = None
+    for child in node.ahead.values():
+        _untie(child)
+    node.ahead.clear()

@@ -1,0 +1,140 @@
+// Draws in double precision: a token depends on its row, filter and uniform alone.   Reference:
+// rainkernels/reference/draws.py
+#include "cpu/logits_draws.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace rainkernels {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr int64_t kFewTokens = 64;  // up to here a sorted list is kept while scanning
+
+// One row under one filter.
+class Shaped {
+ public:
+  void shape(const DrawRequest& request) {
+    request_ = request;
+    ids_.clear();
+    lse_ = kNaN;
+    top_ = -INFINITY;
+    best_ = 0;
+    bool numbers = true;
+    for (int64_t i = 0; i < request.vocab; ++i) {
+      const double x = request.row[i];
+      numbers &= x == x;
+      if (x > top_) {
+        top_ = x;
+        best_ = i;
+      }
+    }
+    valid_ = numbers && std::isfinite(top_);
+    if (!valid_ || request.temperature == 0) return;
+    const bool some = request.top_k > 0 && request.top_k < request.vocab;
+    if (some) select(request.top_k);
+    const int64_t n = some ? request.top_k : request.vocab;
+    probs_.resize(n);
+    cdf_.resize(n);
+    const double most = some ? score(ids_[0]) : score(best_);
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      probs_[i] = std::exp(score(some ? ids_[i] : i) - most);
+      cdf_[i] = sum += probs_[i];
+    }
+  }
+
+  bool serves(const DrawRequest& r) const {
+    return r.row == request_.row && r.vocab == request_.vocab && r.temperature == request_.temperature &&
+           r.top_k == request_.top_k;
+  }
+
+  DrawResult draw(double uniform, bool logprob) {
+    if (!valid_) return {-1, kNaN, kNaN};
+    int64_t token = best_;
+    double prob = 1;
+    if (request_.temperature != 0) {
+      const int64_t n = static_cast<int64_t>(cdf_.size());
+      int64_t at = ids_.empty() ? best_ : 0;
+      if (uniform == uniform) {
+        at = std::upper_bound(cdf_.begin(), cdf_.end(), uniform * cdf_.back()) - cdf_.begin();
+        at = std::min(at, n - 1);
+      }
+      token = ids_.empty() ? at : ids_[at];
+      prob = probs_[at] / cdf_.back();
+    }
+    return {token, prob, logprob ? request_.row[token] - lse() : kNaN};
+  }
+
+ private:
+  // Differences first: with a tiny temperature every other score may become -inf, but the largest stays 0.
+  double score(int64_t i) const {
+    const double x = request_.row[i];
+    return request_.temperature == 1 ? x : (x - top_) / request_.temperature;
+  }
+
+  // The k best, largest first, lower id first on ties.
+  void select(int64_t k) {
+    if (k > kFewTokens) {
+      ids_.resize(request_.vocab);
+      std::iota(ids_.begin(), ids_.end(), 0);
+      const auto before = [this](int64_t a, int64_t b) {
+        const double x = score(a), y = score(b);
+        return x > y || (x == y && a < b);
+      };
+      std::partial_sort(ids_.begin(), ids_.begin() + k, ids_.end(), before);
+      ids_.resize(k);
+      return;
+    }
+    double scores[kFewTokens];
+    int64_t count = 0;
+    for (int64_t i = 0; i < request_.vocab; ++i) {
+      const double x = score(i);
+      if (count == k && !(x > scores[k - 1])) continue;
+      if (count < k) {
+        ids_.push_back(i);
+        ++count;
+      }
+      int64_t at = count - 1;
+      for (; at > 0 && x > scores[at - 1]; --at) {
+        scores[at] = scores[at - 1];
+        ids_[at] = ids_[at - 1];
+      }
+      scores[at] = x;
+      ids_[at] = i;
+    }
+  }
+
+  double lse() {
+    if (lse_ != lse_) {
+      double sum = 0;
+      for (int64_t i = 0; i < request_.vocab; ++i) sum += std::exp(request_.row[i] - top_);
+      lse_ = top_ + std::log(sum);
+    }
+    return lse_;
+  }
+
+  DrawRequest request_{};
+  bool valid_ = false;
+  double top_ = 0, lse_ = 0;
+  int64_t best_ = 0;
+  std::vector<int64_t> ids_;  // empty: all tokens
+  std::vector<double> probs_, cdf_;
+};
+
+}  // namespace
+
+std::vector<DrawResult> draw_rows(const std::vector<DrawRequest>& requests) {
+  std::vector<DrawResult> results;
+  results.reserve(requests.size());
+  Shaped shaped;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    if (i == 0 || !shaped.serves(requests[i])) shaped.shape(requests[i]);
+    results.push_back(shaped.draw(requests[i].uniform, requests[i].logprob));
+  }
+  return results;
+}
+
+}  // namespace rainkernels
