@@ -1,4 +1,4 @@
-"""Weights of the decoder family, and what must hold of them."""
+"""Weights of a stack of decoder blocks, as rainkernels.ops.decoder takes them, and what must hold of them."""
 
 from __future__ import annotations
 

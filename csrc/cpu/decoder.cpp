@@ -71,6 +71,7 @@ constexpr int64_t kSerialProduct = 1 << 19, kOutputs = 32;
 
 // to [rows, out] = from [rows, in] weight^T + bias
 void product(const Linear& linear, const float* from, int64_t in, float* to, int64_t out, int64_t rows, int threads) {
+  if (rows == 0) return;  // an empty step, or nothing wanted
   const Product p{from, linear.weight, linear.bias, to, rows, in, out};
   const DecoderKernels& k = kernels();
   if (threads == 1 || rows * in * out < kSerialProduct) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -68,7 +69,8 @@ def philox_uniforms(keys: Sequence[int], counters: Sequence[int]) -> list[float]
     """
     if len(keys) != len(counters):
         raise ShapeError(f"{len(keys)} keys were given for {len(counters)} counters: give one each")
-    words = [w & _MASK64 for key, counter in zip(keys, counters, strict=True) for w in (key, counter, counter >> 64)]
+    whole = zip(map(index, keys), map(index, counters), strict=True)  # numpy's integers would overflow at the mask
+    words = [w & _MASK64 for key, counter in whole for w in (key, counter, counter >> 64)]
     if choose_lane("logits", _CPU) != "cpu":
         table = torch.tensor([w - (w >> 63 << 64) for w in words], dtype=torch.int64).view(-1, 3)
         return list(map(float, reference.uniforms(table[:, 0], table[:, 1:])))

@@ -150,5 +150,16 @@ CASES = [
     DecoderCase("narrow-heads", num_qo_heads=3, num_kv_heads=3, head_dim=2, hidden=7, intermediate=5, vocab=3),
     DecoderCase("windows", windows=(5, 0), head_dim=24),
     DecoderCase("sinks-softcap", sinks=True, softcap=3.0, head_dim=8),
+    # Longer than a piece of a product, and enough work for a second thread; sizes that no tile divides.
+    DecoderCase(
+        "large-products",
+        num_qo_heads=8,
+        num_kv_heads=2,
+        head_dim=66,
+        hidden=1035,
+        intermediate=517,
+        vocab=1031,
+        num_blocks=1,
+    ),
     DecoderCase("no-eps", eps=0.0, head_norms=True),
 ]

@@ -151,3 +151,36 @@ def test_options_that_are_no_single_tokens_are_refused(
 ) -> None:
     with pytest.raises(ModelError, match=reason):
         codec.options(context, letters)
+
+
+def test_what_another_call_of_the_tokenizer_left_behind_reaches_no_prompt() -> None:
+    """The tokenizer's core keeps what the last call asked of it; transformers resets that at its next call."""
+    tokenizer = byte_tokenizer()
+    codec = Codec(tokenizer, [EOS])
+    text = "the</s>inner"
+    expected = tokenizer(text)["input_ids"]
+    assert EOS in expected
+    for left in (
+        {"split_special_tokens": True},
+        {"truncation": True, "max_length": 2},
+        {"padding": "max_length", "max_length": 99},
+    ):
+        tokenizer(text, **left)
+        assert codec.encode(text) == expected, left
+        assert codec.encode(text) == expected
+    tokenizer.split_special_tokens = True
+    assert codec.encode(text) == tokenizer(text)["input_ids"] != expected
+
+
+def test_tokenizers_with_methods_of_their_own_are_asked() -> None:
+    class Shouting(type(byte_tokenizer())):  # type: ignore[misc]
+        def _decode(self, *args: object, **kwargs: object) -> str:
+            return str(super()._decode(*args, **kwargs)).upper()
+
+    tokenizer = Shouting(tokenizer_object=byte_tokenizer().backend_tokenizer)
+    ids = Codec(tokenizer, [EOS]).encode("the inner")
+    assert Codec(tokenizer, [EOS]).decode(ids) == "THE INNER"
+    patched = byte_tokenizer()
+    patched._decode = lambda *_args, **_kwargs: "patched"
+    assert Codec(patched, [EOS]).decode(ids) == "patched"
+    assert Codec(byte_tokenizer(), [EOS]).decode(ids) == "the inner"

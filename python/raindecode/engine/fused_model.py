@@ -146,6 +146,8 @@ def _expect(module: nn.Module, names: set[str], optional: frozenset[str] | set[s
     children = {name for name, _ in module.named_children()}
     if not names <= children <= names | optional:
         raise NotFusible(f"its {type(module).__name__} is made of {', '.join(sorted(children))}")
+    if list(module.parameters(recurse=False)):
+        raise NotFusible(f"its {type(module).__name__} has parameters of its own")
 
 
 def _check_model(base: Any, head: Any, options: dict[int, AttentionOptions]) -> int:
@@ -158,6 +160,8 @@ def _check_model(base: Any, head: Any, options: dict[int, AttentionOptions]) -> 
         raise NotFusible("its language-model head has other rows than its embedding")
     if not len(base.layers):
         raise NotFusible("it has no layers")
+    if len(list(base.named_parameters())) != len(list(base.named_parameters(remove_duplicate=False))):
+        raise NotFusible("some of its modules share a parameter")
     for index, layer in enumerate(base.layers):
         _check_block(layer, index, options)
         shapes, first = ([(name, p.shape) for name, p in each.named_parameters()] for each in (layer, base.layers[0]))
@@ -168,8 +172,6 @@ def _check_model(base: Any, head: Any, options: dict[int, AttentionOptions]) -> 
         raise NotFusible("its parameters differ in dtype or device")
     if not all(p.is_contiguous() for p in parameters):
         raise NotFusible("some of its parameters have gaps or another order in memory")
-    if len(list(base.named_parameters())) != len(list(base.named_parameters(remove_duplicate=False))):
-        raise NotFusible("some of its modules share a parameter")
     attention = base.layers[0].self_attn
     head_dim, queries, keys = attention.head_dim, attention.q_proj.out_features, attention.k_proj.out_features
     if any(layer.self_attn.head_dim != head_dim for layer in base.layers):
@@ -215,12 +217,7 @@ def _plain_linear(module: Any, what: str) -> None:
 def _norm(module: Any) -> NormWeight:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
-    if (
-        "RMSNorm" not in type(module).__name__
-        or eps is None
-        or weight is None
-        or getattr(module, "bias", None) is not None
-    ):
+    if "RMSNorm" not in type(module).__name__ or eps is None or weight is None or len(list(module.parameters())) != 1:
         raise NotFusible(f"it has a {type(module).__name__}")
     return NormWeight(weight.data, float(eps))
 
