@@ -37,17 +37,28 @@ class RotaryTable:
         self._module = module
         self._like = torch.empty(1, dtype=dtype, device=device)
         self._cos = self._sin = torch.empty(0, head_dim, dtype=dtype, device=device)
-        self._grow()
+        self._grow(0)
 
     def upto(self, max_position: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [n, head_dim] of the positions from 0, n > `max_position`; the first half of a row of sines negative."""
-        while max_position >= len(self._cos):
-            self._grow()
+        if max_position >= len(self._cos):
+            self._grow(max_position)
         return self._cos, self._sin
 
+    def reserve(self, count: int) -> tuple[Tensor, Tensor]:
+        """`upto` of `count` positions, and the table never moves for any of them: what a CUDA graph reads stays in place."""
+        return self.upto(count - 1)
+
     @torch.inference_mode()
-    def _grow(self) -> None:
-        first, head_dim = self._cos.shape
+    def _grow(self, max_position: int) -> None:
+        blocks = [(self._cos, self._sin)]
+        for first in range(len(self._cos), max_position + 1, _BLOCK):
+            blocks.append(self._block(first))
+        self._cos, self._sin = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+
+    def _block(self, first: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [_BLOCK, head_dim] from position `first` on."""
+        head_dim = self._cos.shape[1]
         positions = torch.arange(first, first + _BLOCK, device=self._like.device)[None]
         try:
             cos, sin = (part[0] for part in self._module(self._like, positions))
@@ -55,5 +66,4 @@ class RotaryTable:
             raise NotFusible(f"its rotary module takes other arguments ({error})") from error
         if cos.shape[1] != head_dim:
             raise NotFusible(f"it turns {cos.shape[1]} of the {head_dim} dimensions of a head")
-        sin = torch.cat((-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]), dim=-1)
-        self._cos, self._sin = torch.cat((self._cos, cos)), torch.cat((self._sin, sin))
+        return cos, torch.cat((-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]), dim=-1)
