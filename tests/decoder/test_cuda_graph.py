@@ -1,22 +1,26 @@
 """Steps over static memory, everything but the capture: a CPU replays by calling the captured function again.
 
-A CPU's attention takes no AttentionBuffers, so here the plan itself is padded; tests/interpreter/test_static_step.py runs the
-buffers, test_cuda_graph_gpu.py the graphs.
+A CPU's attention takes no AttentionBuffers, so here the plan itself is padded (static_steps.py);
+tests/interpreter/test_static_step.py runs the buffers, test_cuda_graph_gpu.py the graphs.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import inspect
 import logging
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from models import logits_after, random_tokens, tiny_decoder, tiny_model
+from static_steps import PaddedPlan, in_operations, with_graphs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,49 +34,12 @@ from raindecode.engine.rotary import RotaryTable
 from raindecode.engine.slots import TRASH_SLOT
 from raindecode.errors import ConfigError
 from raindecode.search.sampling import Sampling
-from rainkernels.ops.attention import AttentionPlan, attention_plan
+from rainkernels.ops.attention import attention_plan
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import engine_step
 
 PROMPTS = ["the", "inner on a", "a"]
-
-
-class PaddedPlan:
-    """The plan with padding rows, which see nothing. `room`: keys of the largest plan that fits."""
-
-    room = 1 << 30
-
-    def __init__(self, rows: int, *_: Any) -> None:
-        self.rows = rows
-
-    def load(self, plan: AttentionPlan, context: TreeContext) -> bool:
-        if len(plan.slots) > self.room:
-            return False
-        padding = torch.full((self.rows - plan.num_rows,), -1, dtype=torch.int32)
-        context.plan = attention_plan(
-            segment_parent=plan.segment_parent, segment_start=plan.segment_start,
-            segment_slots_indptr=plan.segment_slots_indptr, slots=plan.slots,
-            row_segment=torch.cat([plan.row_segment, padding]), row_position=torch.cat([plan.row_position, padding]),
-        )  # fmt: skip
-        return True
-
-
-def captured_twice(run: Run) -> Run:
-    """As CudaCapture: the function runs before it is replayed, and replays write where they wrote."""
-    run()
-    return run
-
-
-def in_operations(engine: Engine) -> Engine:
-    """The same engine, its model run as on a GPU: in operations, not as one native call."""
-    assert engine.runner.fused is not None
-    engine.runner.fused._stack = None
-    return engine
-
-
-def with_graphs(engine: Engine, capture: Any = captured_twice, make_plan: Any = PaddedPlan) -> StepGraphs:
-    fused = in_operations(engine).runner.fused
-    assert fused is not None
-    graphs = engine.runner.graphs = StepGraphs(fused, capture, make_plan)
-    return graphs
 
 
 @pytest.fixture(scope="module")
@@ -433,3 +400,22 @@ def test_a_capture_warms_up_on_its_own_stream(monkeypatch: pytest.MonkeyPatch) -
     ]  # fmt: skip
     assert replay() is out
     assert cuda.calls[-1] == ("replay",)
+
+
+# ---- the benchmark ----------------------------------------------------------------------------------------------------
+def test_the_benchmark_compares_the_same_step(engine: Engine) -> None:
+    arguments = argparse.Namespace(prefix=10, own=3, repeats=2)
+    without = engine_step.compare(engine, 2, arguments)
+    assert (without["status"], set(without["times"])) == ("ok", {engine_step.PLAIN})
+    assert "CUDA device" in without["failed"][engine_step.GRAPH]
+    graphs = with_graphs(engine)
+    found = engine_step.compare(engine, 3, arguments)
+    assert (found["status"], found["failed"]) == ("ok", {})
+    assert set(found["times"]) == {engine_step.PLAIN, engine_step.GRAPH}
+    assert found["checked"][engine_step.GRAPH]["error"] < 1e-5
+    assert found["ratio"]["engine / engine, CUDA graphs"]["median"] > 0
+    assert graphs.captured == (4,)
+    assert graphs is engine.runner.graphs
+    graphs.failed = "no memory"
+    with pytest.raises(RuntimeError, match="did not run from a graph: no memory"):
+        engine_step.compare(engine, 3, arguments)
