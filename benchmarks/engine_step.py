@@ -122,7 +122,7 @@ def compare(engine: Engine, branches: int, arguments: argparse.Namespace) -> dic
     found["times"] = {label: spread(each["model"]) for label, each in samples.items()}
     found["plan"] = {label: spread(each["plan"]) for label, each in samples.items()}
     if graphs is None:
-        found["failed"][GRAPH] = runner.use_graphs() or "graphs are off"
+        found["failed"][GRAPH] = runner.graphs_obstacle or "graphs are off"
         found["status"] = "ok" if runner.device.type == "cpu" else "failed"
         return found
     largest = max(float(np.abs(logits[PLAIN]).max()), 1e-30)

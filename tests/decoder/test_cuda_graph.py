@@ -24,7 +24,7 @@ from static_steps import PaddedPlan, in_operations, with_graphs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from raindecode import RAIN
+from raindecode import RAIN, doctor
 from raindecode.engine import attention, batch, cuda_graph, fused_model
 from raindecode.engine.attention import TreeContext
 from raindecode.engine.cuda_graph import BUCKETS, CudaCapture, Run, StepGraphs
@@ -34,7 +34,7 @@ from raindecode.engine.rotary import RotaryTable
 from raindecode.engine.slots import TRASH_SLOT
 from raindecode.errors import ConfigError
 from raindecode.search.sampling import Sampling
-from rainkernels.ops.attention import attention_plan
+from rainkernels.ops.attention import AttentionBuffers, attention_plan
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import engine_step
@@ -265,6 +265,26 @@ def test_only_a_fused_model_is_captured(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(runner, "device", torch.device("cuda"))
     assert "GPT2LMHeadModel" in str(runner.use_graphs())
     assert runner.graphs is None
+
+
+def test_the_doctor_says_whether_graphs_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = tiny_decoder()
+    runner = decoder.engine.runner
+    assert "CUDA graphs" not in {check.name for check in doctor._loaded("model", decoder)}
+    monkeypatch.setattr(runner, "device", torch.device("cuda"))
+
+    def said() -> tuple[str, str]:
+        (check,) = (check for check in doctor._loaded("model", decoder) if check.name == "CUDA graphs")
+        return check.status, check.text
+
+    monkeypatch.setattr(AttentionBuffers, "usable", staticmethod(lambda device: True))
+    assert said() == ("note", "off: cuda_graphs=False (--no-cuda-graphs)")
+    monkeypatch.setattr(AttentionBuffers, "usable", staticmethod(lambda device: False))
+    assert "static memory on its Triton lane only" in said()[1]
+    graphs = with_graphs(decoder.engine)
+    assert said() == ("ok", "on: the layers of a step of up to 256 rows are one launch")
+    graphs.failed = "no memory"
+    assert said() == ("note", "off: a capture failed (no memory)")
 
 
 # ---- what a capture needs ---------------------------------------------------------------------------------------------

@@ -126,13 +126,21 @@ class ModelRunner:
 
     def use_graphs(self) -> str | None:
         """Run steps from CUDA graphs from now on. Where that is not possible nothing changes; why, or None."""
+        obstacle = self.graphs_obstacle
+        if obstacle is None:
+            assert self.fused is not None
+            self.graphs = StepGraphs(self.fused, CudaCapture(self.device))
+        return obstacle
+
+    @property
+    def graphs_obstacle(self) -> str | None:
+        """Why steps of this model cannot run from CUDA graphs; None where they can."""
         if self.device.type != "cuda":
             return f"the model is on {self.device}, and CUDA graphs need a CUDA device"
         if self.fused is None:
             return f"{architecture(self.model)} runs as transformers runs it, and only a FusedModel is captured"
         if not AttentionBuffers.usable(self.device):
             return "tree attention takes static memory on its Triton lane only, which is not in use here"
-        self.graphs = StepGraphs(self.fused, CudaCapture(self.device))
         return None
 
     @property
