@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raindecode import RAIN, doctor
-from raindecode.engine import attention, batch, cuda_graph, fused_model
+from raindecode.engine import attention, batch, cuda_graph, fused_model, model_runner
 from raindecode.engine.attention import TreeContext
 from raindecode.engine.cuda_graph import BUCKETS, CudaCapture, Run, StepGraphs
 from raindecode.engine.engine import Engine
@@ -278,6 +278,9 @@ def test_the_doctor_says_whether_graphs_are_in_use(monkeypatch: pytest.MonkeyPat
         return check.status, check.text
 
     monkeypatch.setattr(AttentionBuffers, "usable", staticmethod(lambda device: True))
+    monkeypatch.setattr(model_runner, "kv_lane", lambda device: "reference")
+    assert said()[1].startswith("off: the compiled module has no CUDA lane")
+    monkeypatch.setattr(model_runner, "kv_lane", lambda device: "cuda")
     assert said() == ("note", "off: cuda_graphs=False (--no-cuda-graphs)")
     monkeypatch.setattr(AttentionBuffers, "usable", staticmethod(lambda device: False))
     assert "static memory on its Triton lane only" in said()[1]

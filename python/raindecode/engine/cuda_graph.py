@@ -4,8 +4,8 @@ A step of a small model on a fast GPU is mostly launches. A graph replays them a
 is copied to the addresses it was captured with: ids, positions and slots in one copy, the tree in another.
 
 The language-model head is not in the graph. How many rows want logits varies on its own (one of 256 in a prefill, all of
-them in a decode step), and a product over all padded rows would double the head's time where a vocabulary is large. Two
-launches after the graph give exactly the rows that are wanted.
+them in a decode step), and where a vocabulary is large, products nobody wants are not free. Two launches after the graph
+give exactly the rows that are wanted.
 """
 
 from __future__ import annotations

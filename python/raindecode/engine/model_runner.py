@@ -17,6 +17,7 @@ from raindecode.engine.cuda_graph import CudaCapture, StepGraphs
 from raindecode.engine.fused_model import FusedModel
 from raindecode.errors import UnsupportedModelError
 from rainkernels.ops.attention import AttentionBuffers
+from rainkernels.ops.kv import kv_lane
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 # State that runs along the sequence cannot follow a tree of branches packed into one row.
@@ -141,6 +142,8 @@ class ModelRunner:
             return f"{architecture(self.model)} runs as transformers runs it, and only a FusedModel is captured"
         if not AttentionBuffers.usable(self.device):
             return "tree attention takes static memory on its Triton lane only, which is not in use here"
+        if kv_lane(self.device) != "cuda":
+            return "the compiled module has no CUDA lane, and writing K/V without it cannot be captured"
         return None
 
     @property
