@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from raindecode.engine.attention import IMPLEMENTATION, TreeContext
-from raindecode.engine.batch import TokenBatch
+from raindecode.engine.batch import TokenBatch, upload
 from raindecode.engine.model_runner import ModelRunner
 from rainkernels.ops.attention import attention_plan
 from rainkernels.testing.cases_attention import fan
@@ -82,6 +82,7 @@ class ForestStep:
         self.slots = torch.arange(1, num_slots, dtype=torch.int32)
         self.last = self.slots[prefix:].view(branches, own)[:, -1].contiguous()  # slot of every row
         self.tokens = torch.randint(0, config.vocab_size, (1, branches), generator=rng, device=device)
+        self.host_tokens = self.tokens.cpu()
         self.keep = torch.arange(branches, device=device)
 
     def select(self) -> None:
@@ -91,11 +92,11 @@ class ForestStep:
     def new_batch(self) -> TokenBatch:
         """What the engine makes on the host for every step: a plan and the rows' places."""
         plan = attention_plan(**self.forest.plan_inputs(self.slots))
-        device = self.runner.device
-        position = torch.full((1, self.branches), self.prefix + self.own - 1, device=device)
-        mapping = self.last.to(device)
+        last = self.prefix + self.own - 1
         rows = {int(slot): i for i, slot in enumerate(self.last.tolist())}
-        return TokenBatch(self.tokens, position, mapping, plan, rows)
+        return TokenBatch(
+            self.host_tokens, torch.full((1, self.branches), last), self.last, plan, rows, max_position=last
+        )
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Logits [branches, vocabulary] through the engine's runner."""
@@ -103,6 +104,7 @@ class ForestStep:
 
     def fixed(self, batch: TokenBatch) -> Callable[[], Tensor]:
         """The same forward from tensors that stay where they are, the plan's tables too: what a CUDA graph can hold."""
+        batch, _ = upload(batch, [], self.runner.device)
         buffers = loaded_buffers(batch.plan, self.model.config.num_attention_heads, *self.runner.pool.layers[0])
         context = TreeContext(self.runner.pool, batch.slot_mapping, batch.plan, buffers=buffers)
 

@@ -121,12 +121,15 @@ def make_parts(*, quick: bool, dry: bool) -> list[Part]:
         steps = ("--models", "1b", "--rows", "1,40", "--prefixes", "4096", "--repeats", "5", "--budget", "1")
     if dry:
         steps = ("--models", "tiny", "--rows", "1,3", "--prefixes", "16", "--own", "4", "--repeats", "3")
+    engine = ("--models", "1b" if quick else "1b,7b")
+    if dry:
+        engine = ("--models", "tiny", "--rows", "1,3", "--prefix", "16", "--own", "4", "--repeats", "3")
     cases = (_PYTHON, "benchmarks/acceptance/cases.py", *device)
     watched = (*cases, "--small", "--json", "{result}")
     sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "86")
     result = ("--json", "{result}")
     return [
-        Part("environment", (_PYTHON, "benchmarks/acceptance/environment.py", *device, *fast, *result), 25),
+        Part("environment", (_PYTHON, "benchmarks/acceptance/environment.py", *device, *fast, *result), 20),
         Part("build", (_PYTHON, "benchmarks/acceptance/build.py", *(("--check-only",) if dry else ()), *result), 120),
         Part("doctor", (_PYTHON, "-m", "raindecode", "doctor"), 20),
         Part(
@@ -135,9 +138,10 @@ def make_parts(*, quick: bool, dry: bool) -> list[Part]:
              "--junitxml={result}"),
             100,
         ),
-        Part("cases", (*cases, *small, *result), 35),
-        Part("kernels", (_PYTHON, "benchmarks/bench_kernels.py", *device, *fast, "--budget", "2", *result), 130),
-        Part("decode_step", (_PYTHON, "benchmarks/decode_step.py", *device, *steps, *result), 110),
+        Part("cases", (*cases, *small, *result), 30),
+        Part("kernels", (_PYTHON, "benchmarks/bench_kernels.py", *device, *fast, "--budget", "2", *result), 120),
+        Part("decode_step", (_PYTHON, "benchmarks/decode_step.py", *device, *steps, *result), 100),
+        Part("engine_step", (_PYTHON, "benchmarks/engine_step.py", *device, *engine, *result), 30),
         # Every allocation its own, so that a read past one tensor is not a read inside another.
         Part(
             "sanitizer", watched if dry else (*sanitizer, *watched), 30, None if dry else sanitizer[0],

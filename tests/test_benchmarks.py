@@ -385,7 +385,7 @@ def test_wall_time_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- gpu_acceptance ---------------------------------------------------------------------------------------------------
 
-DRY = ("environment", "build", "doctor", "cases", "kernels", "decode_step")
+DRY = ("environment", "build", "doctor", "cases", "kernels", "decode_step", "engine_step")
 
 
 def check_acceptance(record: dict[str, Any]) -> None:
@@ -407,6 +407,8 @@ def check_acceptance(record: dict[str, Any]) -> None:
         assert [check["ok"] for check in row["checked"].values()] == [True, True]
         assert {"engine", "stock"} <= set(row["times"])
         assert row["floor_us"] > 0
+    for row in parts["engine_step"]["rows"]:
+        assert (row["status"], set(row["times"])) == ("ok", {"engine"})  # no graphs on a CPU
     assert all(goal["met"] is None for goal in record["goals"])  # nothing on a CPU counts
 
 

@@ -42,6 +42,8 @@ class Decoder:
         kv_tokens: capacity of the KV pool in tokens; None sizes it from memory.
         exact: None turns exact mode on where it holds (float32 on a CPU), True insists on it, False leaves it off.
         max_concurrent: requests advanced together.
+        cuda_graphs: None runs steps from CUDA graphs where that is possible (a model of Llama's form on a CUDA device), True
+            insists on it, False leaves it off.
 
     Raises:
         UnsupportedModelError: the architecture cannot be served; the message names it and the reason.
@@ -58,6 +60,7 @@ class Decoder:
         kv_tokens: int | None = None,
         exact: bool | None = None,
         max_concurrent: int = 32,
+        cuda_graphs: bool | None = None,
     ) -> None:
         if not isinstance(model, PreTrainedModel):
             raise ModelError(f"model is a {type(model).__name__}; give a transformers PreTrainedModel")
@@ -70,7 +73,9 @@ class Decoder:
         self.format = format
         self.engine: Engine
         self.exact: ExactMode
-        self.engine, self.exact = build_engine(model, kv_tokens=kv_tokens, exact=exact, max_tasks=max_concurrent)
+        self.engine, self.exact = build_engine(
+            model, kv_tokens=kv_tokens, exact=exact, max_tasks=max_concurrent, cuda_graphs=cuda_graphs
+        )
         self.codec = Codec(tokenizer, _eos_ids(model, tokenizer))
 
     @classmethod

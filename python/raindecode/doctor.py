@@ -16,6 +16,8 @@ import raindecode
 import rainkernels
 from raindecode import env, testbed
 from raindecode.decoder import Decoder
+from raindecode.engine.cuda_graph import BUCKETS
+from raindecode.engine.model_runner import ModelRunner
 from raindecode.errors import RainDecodeError
 from rainkernels import _lanes
 
@@ -252,11 +254,24 @@ def _loaded(group: str, decoder: Decoder) -> Iterator[Check]:
     capacity = {"kv_tokens": slots, "bytes_per_token": runner.bytes_per_token, "context": decoder.context_length}
     text = f"room for {slots:,} tokens ({_kv_source()}); context {decoder.context_length:,}"
     yield Check(group, "kv pool", "ok", capacity, text)
+    if runner.device.type == "cuda":
+        yield _graphs(group, runner)
     status: Status = "ok" if decoder.exact == "rows" else "note"
     text = _EXACT_WORDS[decoder.exact]
     if decoder.exact == "off" and (runner.device.type != "cpu" or model.dtype != torch.float32):
         text = f"off: exact mode is for float32 on a CPU, this is {dtype} on {runner.device}"
     yield Check(group, "exact mode", status, decoder.exact, text)
+
+
+def _graphs(group: str, runner: ModelRunner) -> Check:
+    if runner.graphs is None:
+        reason = runner.graphs_obstacle or "cuda_graphs=False (--no-cuda-graphs)"
+        return Check(group, "CUDA graphs", "note", False, f"off: {reason}")
+    if runner.graphs.failed is not None:
+        return Check(group, "CUDA graphs", "note", False, f"off: a capture failed ({runner.graphs.failed})")
+    return Check(
+        group, "CUDA graphs", "ok", True, f"on: the layers of a step of up to {BUCKETS[-1]} rows are one launch"
+    )
 
 
 def _kv_source() -> str:

@@ -156,6 +156,11 @@ class AttentionBuffers:
             buffers.table.copy_(buffers._staging)
         return buffers
 
+    @staticmethod
+    def usable(device: torch.device) -> bool:
+        """Whether `tree_attention` takes buffers for tensors on `device`: on the triton lane alone."""
+        return choose_lane("attention", device) == "triton"
+
     @property
     def device(self) -> torch.device:
         """Where the static tensors lie."""

@@ -75,7 +75,9 @@ class ItemTable:
         """The table on `device`, copied once per stream: what another stream copied might not have arrived."""
         copy = self._copies.get((device, stream))
         if copy is None:
-            copy = self._copies[device, stream] = self.table.to(device)
+            # Out of pinned memory, so that the host does not wait for what the stream has before the copy.
+            host = self.table.pin_memory() if device.type == "cuda" else self.table
+            copy = self._copies[device, stream] = host.to(device, non_blocking=True)
         return copy
 
     def items(self) -> Tensor:

@@ -12,7 +12,7 @@ from rainkernels._lanes import choose_lane, native
 from rainkernels.errors import LaneError, RangeError, StrideError
 from rainkernels.reference import kv as reference
 
-__all__ = ["kv_copy", "kv_write"]
+__all__ = ["kv_copy", "kv_lane", "kv_write"]
 
 # Signatures of writes that passed every check: all layers of a step write the same one.
 _CHECKED: set[object] = set()
@@ -78,6 +78,11 @@ def kv_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping:
             error = native().kv_write_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
         if error:
             raise LaneError(f"kv_write: the CUDA launch failed with {native().cuda_error_name(error)}")
+
+
+def kv_lane(device: torch.device) -> str:
+    """The lane calls on `device` take. The reference looks at the slots, for which a CUDA device has to stop: no capture."""
+    return choose_lane("kv", device)
 
 
 def kv_copy(k_pool: Tensor, v_pool: Tensor, src: Tensor, dst: Tensor) -> None:

@@ -283,6 +283,7 @@ def test_missing_prompt_file(answer: Cli, tmp_path: Path) -> None:
         (["x", "--dtype", "int8"], "allowed: float32"),
         (["x", "--device", "tpu9"], "device is 'tpu9'"),
         (["x", "--exact", "--dtype", "bfloat16"], "exact mode needs float32"),
+        (["x", "--cuda-graphs", "--device", "cpu"], "CUDA graphs need a CUDA device"),
         (["x", "--greedy", "--temperature", "1"], "exclude each other"),
         (["x", "--search", "rain", "--top-p", "0.9", "--greedy"], "--top-p, --greedy belongs to --search sampling"),
         (["x", "--tree", "t.json"], "--search rain"),

@@ -113,6 +113,14 @@ def generate(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Insist on CUDA graphs (the layers of a step are one launch), or leave them off; default: on where they apply.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     max_concurrent: Annotated[int, typer.Option(help="Requests advanced together.", rich_help_panel=_RUN)] = 32,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.", rich_help_panel=_RUN)
@@ -166,7 +174,7 @@ def generate(
     ) as sink:
         decoder = load_decoder(
             model, device=device, dtype=dtype, kv_tokens=kv_tokens, exact=exact, max_concurrent=max_concurrent,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, cuda_graphs=cuda_graphs,
         )  # fmt: skip
         requests = decoder.requests(
             prompts, search=chosen, policy=_policy(raw, preset, chosen), max_new_tokens=max_new_tokens, seed=seed,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from rainkernels.ops.attention import AttentionPlan, attention_plan_of
 @dataclass(frozen=True)
 class TokenBatch:
     """Rows of one forward, in depth-first order: the rows below any tree node are one interval.
+
+    `build_batches` makes it on the host, `upload` copies it to where the model is.
 
     Attributes:
         input_ids: [1, T] int64.
@@ -59,7 +61,7 @@ class _Segments:
         return len(self.parent) - 1
 
 
-def build_batches(rows: Iterable[Row], device: torch.device, max_rows: int, pad_rows: int = 0) -> list[TokenBatch]:
+def build_batches(rows: Iterable[Row], max_rows: int, pad_rows: int = 0) -> list[TokenBatch]:
     """Lay rows out depth first and cut them into forwards of at most `max_rows`.
 
     Depth-first order puts a token's ancestors before it, so a row never needs a later forward. With `pad_rows` every
@@ -80,9 +82,38 @@ def build_batches(rows: Iterable[Row], device: torch.device, max_rows: int, pad_
             row_segment += [index] * len(here)
         stack += [(child, index) for child in reversed(below.get(node, ()))]
     return [
-        _make(ordered[i : i + max_rows], row_segment[i : i + max_rows], segments, device, pad_rows)
+        _make(ordered[i : i + max_rows], row_segment[i : i + max_rows], segments, pad_rows)
         for i in range(0, len(ordered), max_rows)
     ]
+
+
+def stage(batch: TokenBatch, wanted: Sequence[int], rows: int, *, pinned: bool) -> Tensor:
+    """[4, rows] int64 on the host: ids, positions, slots and the wanted rows of a batch, so that one copy takes them all.
+
+    Rows past the batch's are padding: token 0 at position 0 in the trash slot. `pinned` memory is copied without the host
+    waiting; torch gives it to nobody else before the copy is done.
+    """
+    host = torch.zeros(4, rows, dtype=torch.int64, pin_memory=pinned)
+    used = batch.num_rows
+    host[0, :used] = batch.input_ids[0]
+    host[1, :used] = batch.position_ids[0]
+    host[2, :used] = batch.slot_mapping
+    host[2, used:] = TRASH_SLOT
+    host[3, : len(wanted)] = torch.tensor(wanted, dtype=torch.int64)
+    return host
+
+
+def upload(batch: TokenBatch, wanted: Sequence[int], device: torch.device) -> tuple[TokenBatch, Tensor]:
+    """A batch made on the host, and the indices of its wanted rows [len(wanted)] int64, on `device`."""
+    if device.type == "cpu":
+        return batch, torch.tensor(wanted, dtype=torch.int64)
+    used = batch.num_rows
+    host = stage(batch, wanted, max(used, len(wanted)), pinned=device.type == "cuda")
+    there = host.to(device, non_blocking=True)
+    placed = replace(
+        batch, input_ids=there[:1, :used], position_ids=there[1:2, :used], slot_mapping=there[2, :used].int()
+    )
+    return placed, there[3, : len(wanted)]
 
 
 def _touched(rows: Iterable[Row]) -> tuple[dict[Node, list[Row]], dict[Node, list[Node]], list[Node]]:
@@ -107,14 +138,12 @@ def _touched(rows: Iterable[Row]) -> tuple[dict[Node, list[Row]], dict[Node, lis
     return rows_at, below, roots
 
 
-def _make(
-    rows: list[Row], row_segment: list[int], segments: _Segments, device: torch.device, pad_rows: int
-) -> TokenBatch:
+def _make(rows: list[Row], row_segment: list[int], segments: _Segments, pad_rows: int) -> TokenBatch:
     slots = [row.slot for row in rows]
     padding = max(pad_rows - len(rows), 0)
     ids = np.zeros((2, len(rows) + padding), dtype=np.int64)
     ids[:, : len(rows)] = [[row.token for row in rows], [row.position for row in rows]]
-    both = torch.from_numpy(ids).to(device, non_blocking=True)
+    both = torch.from_numpy(ids)
     row_of_slot = {slot: i for i, slot in enumerate(slots)}
     if padding:
         row_segment = row_segment + [-1] * padding  # no segment: such a row attends to nothing
@@ -130,7 +159,7 @@ def _make(
     return TokenBatch(
         input_ids=both[:1],
         position_ids=both[1:],
-        slot_mapping=torch.from_numpy(np.array(slots, dtype=np.int32)).to(device, non_blocking=True),
+        slot_mapping=torch.from_numpy(np.array(slots, dtype=np.int32)),
         plan=plan,
         row_of_slot=row_of_slot,
         max_position=int(ids[1].max(initial=0)),

@@ -256,7 +256,7 @@ class Engine:
         """Run the planned rows; host logits by slot for the wants that need them."""
         wanted = {slot for task, i, slot, _ in plan.served if task.wants[i].needs_logits and slot in plan.rows}
         logits: dict[int, LogitsRow] = {}
-        for batch in build_batches(plan.rows.values(), self.runner.device, self.max_rows, self.pad_rows):
+        for batch in build_batches(plan.rows.values(), self.max_rows, self.pad_rows):
             slots = [slot for slot in batch.row_of_slot if slot in wanted]
             out = self.runner.forward(batch, [batch.row_of_slot[slot] for slot in slots])
             self.model_steps += 1

@@ -58,6 +58,7 @@ class FusedModel:
             num_kv_heads=base.layers[0].self_attn.k_proj.out_features // head_dim,
             head_dim=head_dim,
         )
+        self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._stack: DecoderStack | None = None
         self._pool: KVPool | None = None  # that the stack writes to
         in_native = model.device.type == "cpu" and model.dtype == torch.float32 and decoder_lane() == "cpu"
@@ -85,12 +86,11 @@ class FusedModel:
         cos, sin = self.rotary.upto(batch.max_position)
         ids, positions = batch.input_ids[0], batch.position_ids[0]
         if self._stack is None:
-            rows, logits = self._forward(ids, cos[positions][:, None], sin[positions][:, None], context, wanted)
+            rows = self.final_states(ids, cos[positions], sin[positions], context)
             states.index_copy_(0, batch.slot_mapping.long(), rows)
-            return logits
+            return self.logits(rows, wanted)
         if context.pool is not self._pool:
-            heads = torch.empty(0, self.weights.num_kv_heads, self.weights.head_dim)
-            self._stack.set_pools([context.pool.layer(i, heads, heads) for i in range(len(self._acts))])
+            self._stack.set_pools(self.make_pools(context.pool))
             self._pool = context.pool
         return self._stack.step(ids, positions, batch.slot_mapping, context.plan, cos, sin, wanted, states=states)
 
@@ -100,11 +100,24 @@ class FusedModel:
         if self._stack is not None:
             self._stack.drop_pools()
 
-    def _forward(
-        self, ids: Tensor, cos: Tensor, sin: Tensor, context: TreeContext, wanted: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The same in operations of PyTorch and rainkernels, for every device and dtype."""
+    def make_pools(self, pool: KVPool) -> list[tuple[Tensor, Tensor]]:
+        """K and V pools of all layers, made now where no forward has made them yet."""
+        heads = self.weights.embedding.new_empty(0, self.weights.num_kv_heads, self.weights.head_dim)
+        return [pool.layer(i, heads, heads) for i in range(len(self._acts))]
+
+    def final_states(self, ids: Tensor, cos: Tensor, sin: Tensor, context: TreeContext) -> Tensor:
+        """The blocks in operations of PyTorch and rainkernels, for every device and dtype; K/V goes to the pools.
+
+        On CUDA tensors the host never waits here and reads nothing back, so that it can be captured (cuda_graph.py).
+
+        Args:
+            ids: [T] token ids.
+            cos, sin: [T, head_dim] of the rows' positions, from the RotaryTable.
+        Returns:
+            [T, hidden_size], after the last norm.
+        """
         weights = self.weights
+        cos, sin = cos[:, None], sin[:, None]
         x = embedding(ids, weights.embedding)
         residual = torch.zeros_like(x)
         for index, (block, act) in enumerate(zip(weights.blocks, self._acts, strict=True)):
@@ -114,8 +127,11 @@ class FusedModel:
             x = linear(self._attend(index, block, heads, cos, sin, context), *block.out)
             gate, up = linear(_add_norm(x, residual, block.mlp_norm), *block.gate_up).chunk(2, dim=-1)
             x = linear(act(gate).mul_(up), *block.down)
-        states = _add_norm(x, residual, weights.norm)
-        return states, linear(states[wanted], *weights.head)
+        return _add_norm(x, residual, weights.norm)
+
+    def logits(self, states: Tensor, wanted: Tensor) -> Tensor:
+        """[n, vocabulary] of the rows `wanted` [n] int64 of final states [T, hidden_size]."""
+        return linear(states.index_select(0, wanted), *self.weights.head)
 
     def _attend(
         self, index: int, block: BlockWeights, heads: Tensor, cos: Tensor, sin: Tensor, context: TreeContext

@@ -79,6 +79,7 @@ def build_engine(
     max_tasks: int = 32,
     verify: bool = True,
     fused: bool = True,
+    cuda_graphs: bool | None = None,
 ) -> tuple[Engine, ExactMode]:
     """An engine for `model`, and the exact mode it runs in.
 
@@ -87,10 +88,11 @@ def build_engine(
         exact: None turns exact mode on for float32 on a CPU when the probe passes; True insists; False leaves it off.
         verify: compare with the stock model on a few tokens, so that an architecture that cannot be served is refused.
         fused: run models of Llama's form as a FusedModel.
+        cuda_graphs: run steps from CUDA graphs; None where that is possible, True insists, False does not.
 
     Raises:
         UnsupportedModelError: the architecture cannot be served.
-        ConfigError: kv_tokens is not positive, or exact mode was insisted on and does not hold here.
+        ConfigError: kv_tokens is not positive, or exact mode or CUDA graphs were insisted on and cannot be had here.
     """
     check_architecture(model)
     kv_tokens = env.kv_tokens() if kv_tokens is None else kv_tokens
@@ -112,6 +114,9 @@ def build_engine(
         check_against_stock(probe, stock)
     if fused:
         fuse_if_equal(probe)
+    obstacle = runner.use_graphs() if cuda_graphs is not False else None
+    if cuda_graphs and obstacle is not None:
+        raise ConfigError(f"cuda_graphs=True was asked for, but {obstacle}: use cuda_graphs=None or False")
     mode = _exact_mode(probe) if wants_exact else "off"
     if exact and mode == "off":
         raise ConfigError(

@@ -12,9 +12,12 @@ from transformers import PreTrainedModel
 
 from raindecode.engine import attention
 from raindecode.engine.attention import IMPLEMENTATION, AttentionOptions, KVPool, TreeContext
-from raindecode.engine.batch import TokenBatch
+from raindecode.engine.batch import TokenBatch, upload
+from raindecode.engine.cuda_graph import CudaCapture, StepGraphs
 from raindecode.engine.fused_model import FusedModel
 from raindecode.errors import UnsupportedModelError
+from rainkernels.ops.attention import AttentionBuffers
+from rainkernels.ops.kv import kv_lane
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 # State that runs along the sequence cannot follow a tree of branches packed into one row.
@@ -58,6 +61,7 @@ class ModelRunner:
         self.pool = KVPool(num_slots, self.device)
         self.hidden: Tensor | None = None  # [num_slots, hidden_size], final hidden state of the token in each slot
         self.fused: FusedModel | None = None
+        self.graphs: StepGraphs | None = None  # of `fused`
         self.layers: dict[int, AttentionOptions] = {}  # what each layer told its attention when last asked
         self._last_hidden: Tensor | None = None
         self._takes_index = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -70,11 +74,20 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: TokenBatch, wanted: Sequence[int]) -> Tensor:
-        """Run the rows of a batch; logits `[len(wanted), vocabulary]` of the rows named."""
+        """Run the rows of a batch made on the host; logits `[len(wanted), vocabulary]` of the rows named.
+
+        With no row named, what comes back means nothing.
+        """
+        wanted = list(wanted)
+        fused = self.fused if self.fused is not None and self.fused.is_current else None
+        if fused is not None and self.graphs is not None:
+            logits = self.graphs.forward(batch, wanted, self.pool, self._states_pool(fused.weights.embedding))
+            if logits is not None:
+                return logits
+        batch, index = upload(batch, wanted or [0], self.device)
         context = TreeContext(self.pool, batch.slot_mapping, batch.plan)
-        index = torch.tensor(list(wanted) or [0], device=self.device)
-        if self.fused is not None and self.fused.is_current:
-            return self.fused.forward(batch, context, index, self._states_pool(self.fused.weights.embedding))
+        if fused is not None:
+            return fused.forward(batch, context, index, self._states_pool(fused.weights.embedding))
         states, logits = self._forward_stock(batch, context, index)
         if states is not None:
             self._states_pool(states).index_copy_(0, batch.slot_mapping.long(), states)
@@ -110,6 +123,28 @@ class ModelRunner:
             NotFusible: it is not of that form; nothing has changed.
         """
         self.fused = FusedModel(self.model, self.layers)
+        self.graphs = None
+
+    def use_graphs(self) -> str | None:
+        """Run steps from CUDA graphs from now on. Where that is not possible nothing changes; why, or None."""
+        obstacle = self.graphs_obstacle
+        if obstacle is None:
+            assert self.fused is not None
+            self.graphs = StepGraphs(self.fused, CudaCapture(self.device))
+        return obstacle
+
+    @property
+    def graphs_obstacle(self) -> str | None:
+        """Why steps of this model cannot run from CUDA graphs; None where they can."""
+        if self.device.type != "cuda":
+            return f"the model is on {self.device}, and CUDA graphs need a CUDA device"
+        if self.fused is None:
+            return f"{architecture(self.model)} runs as transformers runs it, and only a FusedModel is captured"
+        if not AttentionBuffers.usable(self.device):
+            return "tree attention takes static memory on its Triton lane only, which is not in use here"
+        if kv_lane(self.device) != "cuda":
+            return "the compiled module has no CUDA lane, and writing K/V without it cannot be captured"
+        return None
 
     @property
     def bytes_per_token(self) -> int:
@@ -118,7 +153,9 @@ class ModelRunner:
         return self.pool.bytes_per_token + hidden
 
     def resize(self, num_slots: int) -> None:
-        """Start over with empty pools of `num_slots` slots."""
+        """Start over with empty pools of `num_slots` slots. Graphs read and write the old ones, so they go."""
+        if self.graphs is not None:
+            self.graphs.drop()
         self.pool = KVPool(num_slots, self.device)
         self.hidden = None
         if self.fused is not None:

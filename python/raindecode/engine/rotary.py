@@ -38,13 +38,17 @@ class RotaryTable:
         self._module = module
         self._like = torch.empty(1, dtype=dtype, device=device)
         self._cos = self._sin = torch.empty(0, head_dim, dtype=dtype, device=device)
-        self._grow()
+        self._grow(0)
 
     def upto(self, max_position: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [n, head_dim] of the positions from 0, n > `max_position`; the first half of a row of sines negative."""
-        while max_position >= len(self._cos):
-            self._grow()
+        if max_position >= len(self._cos):
+            self._grow(max_position)
         return self._cos, self._sin
+
+    def reserve(self, count: int) -> tuple[Tensor, Tensor]:
+        """`upto` of `count` positions, and the table never moves for any of them: what a CUDA graph reads stays in place."""
+        return self.upto(count - 1)
 
     def renumbered(self, positions: Tensor) -> RotaryTable:
         """A table whose position i is `positions[i]` of this one; for looking at far positions without all before them."""
@@ -52,10 +56,11 @@ class RotaryTable:
         other._cos, other._sin = self._turns(positions)
         return other
 
-    def _grow(self) -> None:
-        first = len(self._cos)
-        cos, sin = self._turns(torch.arange(first, first + _BLOCK, device=self._like.device))
-        self._cos, self._sin = torch.cat((self._cos, cos)), torch.cat((self._sin, sin))
+    def _grow(self, max_position: int) -> None:
+        blocks = [(self._cos, self._sin)]
+        for first in range(len(self._cos), max_position + 1, _BLOCK):
+            blocks.append(self._turns(torch.arange(first, first + _BLOCK, device=self._like.device)))
+        self._cos, self._sin = (torch.cat(parts) for parts in zip(*blocks, strict=True))
 
     @torch.inference_mode()
     def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
