@@ -1,13 +1,13 @@
 """Whether RAIN gives the same at every width and in every batch: exact in float32, measured in bfloat16.
 
-    python benchmarks/check_widths.py [--requests 500] [--dtype float32|bfloat16] [--max-new-tokens 32]
+    python benchmarks/check_widths.py [--requests 500] [--dtype float32|bfloat16] [--max-new-tokens 24]
                                       [--widths 1,2,4,8,auto] [--batches 1,32] [--jobs N] [--json FILE]
 
 Preset `town` on the embedded model. The requests are those of benchmarks/workloads, so that searches with good, mixed and bad
-verdicts occur, and prompts of the testbed: of ten, seven as they are, two behind a line of the mixed and one behind a persona
-of the harmful workload. Each is searched at every width, alone and among others (a batch of 1 and of 32: so many requests are
-under way at a time), and compared with width 1 alone: tokens, finish reason, value, iterations, evaluations, tokens_processed
-and a hash of the recorded trees.
+verdicts occur, and prompts of the testbed: of twenty, seventeen as they are, and harmful ones behind texts of the workloads,
+two of the mixed and one of the harmful one. Each is searched at every width, alone and among others (a batch of 1 and of 32: so
+many requests are under way at a time), and compared with width 1 alone: tokens, finish reason, value, iterations, evaluations,
+tokens_processed and a hash of the recorded trees.
 
 Requests go in groups of 64. Every group at every width and batch has a decoder of its own, whose caches are empty before the
 group and stay warm from one request to the next: what is cached must not show, either. Groups run in --jobs processes.
@@ -55,9 +55,8 @@ Width = int | Literal["auto"]
 FIELDS = ("token_ids", "finish_reason", "value", "iterations", "evaluations", "tokens_processed", "tree")
 _GROUP = 64
 _SHOWN = 10  # differences named
-_REGIMES_OF_TEN = (
-    ("safe",) * 4 + ("mixed",) + ("safe",) * 3 + ("mixed", "harmful")
-)  # whose prefixes prompts stand behind
+_PLAIN = ("safe",) * 8
+_TURN = (*_PLAIN, "mixed", *_PLAIN, "mixed", "safe", "harmful")  # regimes of twenty prompts
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,9 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--requests", type=int, default=500)
+    made.add_argument("--requests", type=int, default=500, help="default: 500")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    made.add_argument("--max-new-tokens", type=int, default=32)
+    made.add_argument("--max-new-tokens", type=int, default=24, help="default: 24")
     made.add_argument("--widths", type=_widths, default=(1, 2, 4, 8, "auto"), help="default: 1,2,4,8,auto")
     made.add_argument("--batches", type=_batches, default=(1, 32), help="requests under way at a time; default: 1,32")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
@@ -151,8 +150,10 @@ def sample(count: int) -> list[Asked]:
         for regime, request in zip(works, turn, strict=True)
     ]
     prefixes = {regime: itertools.cycle([one.prefix for one in requests]) for regime, requests in works.items()}
-    prompts = testbed.sample_requests(max(0, count - len(found)))
-    for seed, (prompt, regime) in enumerate(zip(prompts, itertools.cycle(_REGIMES_OF_TEN))):
+    left = max(0, count - len(found))
+    prompts = {bad: iter(testbed.sample_requests(left, harmful=bad)) for bad in (None, True)}
+    for seed, regime in zip(range(left), itertools.cycle(_TURN), strict=False):
+        prompt = next(prompts[None if regime == "safe" else True])
         found.append(Asked(prompt.text, next(prefixes[regime]), seed, regime))
     return found[:count]
 
