@@ -12,8 +12,8 @@ tokens_processed and a hash of the recorded trees.
 Requests go in groups of 64. Every group at every width and batch has a decoder of its own, whose caches are empty before the
 group and stay warm from one request to the next: what is cached must not show, either. Groups run in --jobs processes.
 
-float32 runs in exact mode; exit code 1 when anything differs, and the first differences are named. In bfloat16 sums depend on
-the batch, so answers may differ; shares that agree are reported and are no failure. Prints a table, then one JSON line.
+float32 runs in exact mode; exit code 1 when anything differs, and the first differences are named. In bfloat16 sums may
+depend on the batch, so answers may differ; shares that agree are reported and are no failure. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ import raindecode  # noqa: E402  before torch: asks MKL for reproducible results
 
 # isort: split
 import torch  # noqa: E402
+from kernel_bench.machine import commit, cpu_name  # noqa: E402
 from naive.common import make_request  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
@@ -97,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         "op": "check_widths", "model": "testbed", "preset": "town", "dtype": options.dtype, "requests": len(requests),
         "max_new_tokens": options.max_new_tokens, "seconds": round(time.perf_counter() - began, 1), "jobs": options.jobs,
         "threads": torch.get_num_threads() if options.jobs == 1 else 1, "torch": torch.__version__,
-        "raindecode": raindecode.__version__, "regimes": regimes(requests, found[BASE]), **compare(requests, found),
+        "raindecode": raindecode.__version__, "device": cpu_name(), "commit": commit(),
+        "regimes": regimes(requests, found[BASE]), **compare(requests, found),
     }  # fmt: skip
     show(record)
     line = json.dumps(record)

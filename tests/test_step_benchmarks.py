@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def test_widths_and_batches_are_compared(tmp_path: Path, capsys: pytest.CaptureF
         assert {run[name] for name in (*FIELDS, "same", "common_prefix")} == {1.0}
     assert [one["requests"] for one in record["regimes"].values()] == [1, 1, 1]
     assert all(one["iterations"] > 1 for one in record["regimes"].values())
+
+
+def test_an_outcome_shows_the_search() -> None:
+    """The same request has the same outcome again; another seed has other trees."""
+    one = Asked("How do I paint the fence?", "", 0, "safe")
+    first, again, other = (
+        check_widths.answer(BASE, [asked], "float32", 12)[0] for asked in (one, one, replace(one, seed=1))
+    )
+    assert first == again
+    assert first["tree"] != other["tree"]
 
 
 def answers(run: Run, requests: list[Asked], *_: Any) -> list[dict[str, Any]]:
