@@ -42,10 +42,10 @@ def steps(record: Row | None) -> str:
     if record is None:
         return table(["model", "steps", "rows", "ms", "overhead"], [["testbed, 25m, 110m", "", "", NONE, ""]])
     cases = [(model, *case) for model, found in record["models"].items() for case in found["cases"].items()]
-    header = ["model", "steps", "rows", "ms", *cases[0][2]["parts_ms"], "overhead"]
+    header = ["model", "steps", "rows", "ms", *cases[0][2]["shares"], "host", "overhead"]
     rows = []
     for model, name, case in cases:
-        shares = [f"{part / case['step_ms']:.1%}" for part in case["parts_ms"].values()]
-        rows.append([model, name, f"{case['rows']:.0f}", f"{case['step_ms']:.2f}", *shares, f"{case['overhead']:.1%}"])
+        shares = [f"{share:.1%}" for share in (*case["shares"].values(), case["host"], case["overhead"])]
+        rows.append([model, name, f"{case['rows']:.0f}", f"{case['step_ms']:.2f}", *shares])
     where = f"{record['device']}, {record['threads']} threads, torch {record['torch']}, commit {record['commit']}"
     return f"Shares of the time of a step ({where}):\n\n" + table(header, rows)

@@ -22,6 +22,7 @@ from rainkernels.ops.decoder import LinearWeight, decoder_lane
 
 Row = dict[str, Any]
 PARTS = ("products", "attention", "kernels", "batch", "plan", "sample", "search")
+_HOST = PARTS[3:]  # outside the forward
 
 
 class Alone:
@@ -174,24 +175,23 @@ def watched(decoder: Decoder) -> Iterator[list[Step]]:
 
 
 def medians(steps: Sequence[Step]) -> Row:
-    """Alike steps as one: medians of the step and of its parts."""
-    each = [step.parts() for step in steps]
-    parts = {name: statistics.median(one[name] for one in each) for name in PARTS}
-    overhead = statistics.median(1 - step.products / step.seconds for step in steps)
-    return _case(steps, statistics.median(step.seconds for step in steps), parts, overhead)
+    """Alike steps as one: the median step, and medians of the parts' shares, which noise slower than a step leaves alone."""
+    each = [(step.parts(), step.seconds) for step in steps]
+    shares = {name: statistics.median(parts[name] / seconds for parts, seconds in each) for name in PARTS}
+    return _case(steps, statistics.median(step.seconds for step in steps), shares)
 
 
 def sums(steps: Sequence[Step]) -> Row:
-    """A run's steps as one: means of the step and of its parts."""
-    each = [step.parts() for step in steps]
-    parts = {name: statistics.fmean(one[name] for one in each) for name in PARTS}
-    seconds = statistics.fmean(step.seconds for step in steps)
-    return _case(steps, seconds, parts, 1 - parts["products"] / seconds)
+    """A run's steps as one: the mean step, and the parts' shares of all seconds."""
+    each, total = [step.parts() for step in steps], sum(step.seconds for step in steps)
+    shares = {name: sum(parts[name] for parts in each) / total for name in PARTS}
+    return _case(steps, total / len(steps), shares)
 
 
-def _case(steps: Sequence[Step], seconds: float, parts: dict[str, float], overhead: float) -> Row:
+def _case(steps: Sequence[Step], seconds: float, shares: dict[str, float]) -> Row:
     return {
         "steps": len(steps), "rows": round(statistics.fmean(step.rows for step in steps), 1),
         "wanted": round(statistics.fmean(step.wanted for step in steps), 1), "step_ms": round(seconds * 1e3, 4),
-        "parts_ms": {name: round(part * 1e3, 4) for name, part in parts.items()}, "overhead": round(overhead, 4),
+        "shares": {name: round(share, 4) for name, share in shares.items()},
+        "overhead": round(1 - shares["products"], 4), "host": round(sum(shares[name] for name in _HOST), 4),
     }  # fmt: skip

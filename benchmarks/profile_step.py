@@ -20,7 +20,8 @@ search      the rest: the search itself, tokenizer, accounts
 
 A forward of the engine is one native call. So behind every forward its products are run once more by themselves (the same sgemm,
 on the engine's own weights, with as many rows), then its attention (the same plan, keys and values); the time
-this takes is taken off the step. overhead = 1 - products / step. Prints a table, then one JSON line.
+this takes is taken off the step. overhead = 1 - products / step; host is what of it lies outside the
+forward. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -168,14 +169,12 @@ def show(record: Row) -> None:
     """A line per case: the step, and the shares of its parts."""
     where = f"{record['device']}, {record['threads']} threads, torch {record['torch']}"
     table = Table(title=f"one step; shares of its time ({where})", title_justify="left")
-    for heading in ("model", "steps", "rows", "ms", *PARTS, "overhead"):
+    for heading in ("model", "steps", "rows", "ms", *PARTS, "host", "overhead"):
         table.add_column(heading, justify="left" if heading in ("model", "steps") else "right")
     for model, found in record["models"].items():
         for name, case in found["cases"].items():
-            shares = [f"{part / case['step_ms']:.1%}" for part in case["parts_ms"].values()]
-            table.add_row(
-                model, name, f"{case['rows']:.0f}", f"{case['step_ms']:.2f}", *shares, f"{case['overhead']:.1%}"
-            )
+            shares = [f"{share:.1%}" for share in (*case["shares"].values(), case["host"], case["overhead"])]
+            table.add_row(model, name, f"{case['rows']:.0f}", f"{case['step_ms']:.2f}", *shares)
         table.add_section()
     Console(width=150).print(table)
 
