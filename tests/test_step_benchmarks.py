@@ -145,7 +145,7 @@ def test_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for case in cases.values():
         assert tuple(case["shares"]) == PARTS
         assert case["overhead"] == pytest.approx(1 - case["shares"]["products"], abs=1e-3)
-        assert case["overhead"] > case["host"] > 0
+        assert case["host"] > 0
         assert min(case["shares"][part] for part in PARTS if part != "kernels") > 0
     assert sum(cases["rain, safe"]["shares"].values()) == pytest.approx(1, abs=1e-3)
     assert "one step; shares of its time" in out
