@@ -1,13 +1,15 @@
-"""Fill the README's results tables from benchmarks/results, so that no number stands there without a record.
+"""Fill the tables of README.md and docs/benchmarks.md from benchmarks/results, so that no number stands there without a record.
 
     python benchmarks/bench_kernels.py | tail -n 1 >> benchmarks/results/cpu.jsonl
     python benchmarks/gpu_acceptance.py --out benchmarks/results/h200-<date>.json        # on a machine with a GPU
     raindecode eval --task town --search vanilla,rain --json | tail -n 1 > benchmarks/results/town.json
     raindecode bench rain --json benchmarks/results/rain-testbed.json                    # and --model 110m, rain-110m.json
+    python benchmarks/check_widths.py --json benchmarks/results/widths-float32.json      # and --dtype bfloat16
+    python benchmarks/profile_step.py --json benchmarks/results/step.json
     python benchmarks/update_readme.py
 
 The newest record of each kernel family counts, and of the GPU files the newest. What no record holds is "not yet measured".
---check only says whether the README is up to date.
+--check only says whether both are up to date.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import json
 import sys
 from pathlib import Path
 
+from doc_tables import load, steps, widths
 from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu, rain, rain_records, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
+DOCS = ROOT / "docs" / "benchmarks.md"
 
 
 def town() -> str:
@@ -55,17 +58,29 @@ def town() -> str:
     )
 
 
+def filled(text: str, name: str, content: str) -> str:
+    """A page with other content between the marks of `name`."""
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
+    head, rest = text.split(begin)
+    return head + begin + content + end + rest.split(end)[1]
+
+
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
     parts = (town(), rain(rain_records(RESULTS)), kernels(cpu_rows(RESULTS)), gpu(newest_gpu(RESULTS)))
-    updated = head + BEGIN + "\n".join(parts) + END + tail
-    if "--check" in sys.argv[1:]:
-        raise SystemExit(
-            0 if updated == text else "README.md is not what benchmarks/results says: run benchmarks/update_readme.py"
-        )
-    README.write_text(updated, encoding="utf-8")
+    agreement = widths([load(RESULTS / f"widths-{dtype}.json") for dtype in ("float32", "bfloat16")])
+    for path, contents in (
+        (README, {"results": "\n".join(parts)}),
+        (DOCS, {"widths": agreement, "step": steps(load(RESULTS / "step.json"))}),
+    ):
+        text = updated = path.read_text(encoding="utf-8")
+        for name, content in contents.items():
+            updated = filled(updated, name, content)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(updated, encoding="utf-8")
+        elif updated != text:
+            raise SystemExit(
+                f"{path.relative_to(ROOT)} is not what benchmarks/results says: run benchmarks/update_readme.py"
+            )
 
 
 if __name__ == "__main__":
