@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,8 @@ from torch import Tensor
 from raindecode import Decoder
 from raindecode.engine.batch import TokenBatch
 from raindecode.errors import ConfigError
-from rainkernels._blas import sgemm_address
 from rainkernels.ops.attention import tree_attention
-from rainkernels.ops.decoder import LinearWeight, decoder_lane
+from rainkernels.ops.decoder import decoder_lane, linear_rows
 
 Row = dict[str, Any]
 PARTS = ("products", "attention", "kernels", "batch", "plan", "sample", "search")
@@ -36,22 +34,24 @@ class Alone:
         fused = decoder.engine.runner.fused
         if fused is None or decoder_lane() != "cpu":
             raise ConfigError(
-                f"{decoder.name} does not run as one native call here; allowed: a model of Llama's form, the compiled extension "
-                "and a torch with MKL"
+                f"{decoder.name} does not run as one native call here; allowed: a model of Llama's form and the compiled extension"
             )
         self.weights = fused.weights
-        self._sgemm = ctypes.PYFUNCTYPE(None, *[ctypes.c_void_p] * 13)(sgemm_address())
         self._from, self._to = torch.empty(0), torch.empty(0)  # memory that stays, as the engine's own does
 
     def products(self, rows: int, wanted: int) -> float:
         """Seconds of all matrix products of a forward of `rows` rows, `wanted` of them with logits."""
-        w, held = self.weights, list[Any]()
+        w = self.weights
         linears = [(part, rows) for b in w.blocks for part in (b.qkv, b.out, b.gate_up, b.down)] + [(w.head, wanted)]
-        calls = [self._product(linear, count, held) for linear, count in linears]
-        began = time.perf_counter()
-        for arguments in calls:
-            self._sgemm(*arguments)
-        return time.perf_counter() - began
+        spent = 0.0
+        for linear, count in linears:
+            out, of = linear.weight.shape
+            self._grow(count * of, count * out)
+            x, y = self._from[: count * of].view(count, of), self._to[: count * out].view(count, out)
+            began = time.perf_counter()
+            linear_rows(x, linear, y)
+            spent += time.perf_counter() - began
+        return spent
 
     def attention(self, batch: TokenBatch, pools: dict[int, tuple[Tensor, Tensor]]) -> float:
         """Seconds of attention of all layers, over the keys and values the forward has left."""
@@ -69,32 +69,6 @@ class Alone:
             )  # fmt: skip
             spent += time.perf_counter() - began if index else 0.0
         return spent
-
-    def _product(self, linear: LinearWeight, rows: int, held: list[Any]) -> tuple[int, ...]:
-        """Arguments of sgemm as csrc/cpu/decoder.cpp gives them; `held` keeps alive what they point to."""
-        out, of = linear.weight.shape
-        self._grow(rows * of, rows * out)
-        letters = [ctypes.c_char(letter) for letter in (b"T", b"N")]
-        sizes = [ctypes.c_int64(size) for size in (out, rows, of)]
-        one, beta = ctypes.c_float(1.0), ctypes.c_float(0.0 if linear.bias is None else 1.0)
-        held += [*letters, *sizes, one, beta, self._from, self._to]
-        n, m, k = (ctypes.addressof(size) for size in sizes)
-        scale, keep = ctypes.addressof(one), ctypes.addressof(beta)
-        x, y = self._from.data_ptr(), self._to.data_ptr()
-        return (
-            *(ctypes.addressof(letter) for letter in letters),
-            n,
-            m,
-            k,
-            scale,
-            linear.weight.data_ptr(),
-            k,
-            x,
-            k,
-            keep,
-            y,
-            n,
-        )
 
     def _grow(self, of: int, to: int) -> None:
         if len(self._from) < of:

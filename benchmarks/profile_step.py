@@ -18,7 +18,7 @@ plan        wanted tokens are inserted into the KV tree
 sample      draws and probabilities
 search      the rest: the search itself, tokenizer, accounts
 
-A forward of the engine is one native call. So behind every forward its products are run once more by themselves (the same sgemm,
+A forward of the engine is one native call. So behind every forward its products are run once more by themselves (the same function,
 on the engine's own weights, with as many rows), then its attention (the same plan, keys and values); the time
 this takes is taken off the step. overhead = 1 - products / step; host is what of it lies outside the
 forward. Prints a table, then one JSON line.

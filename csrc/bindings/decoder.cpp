@@ -43,6 +43,12 @@ DecoderBlock make_block(const std::array<address, 13>& w, const std::array<doubl
 }  // namespace
 
 void bind_decoder(py::module_& m) {
+  m.def("linear_rows",
+        [](address weight, address bias, address from, int64_t in, address to, int64_t out, int64_t rows, int threads) {
+          const py::gil_scoped_release release;
+          linear_rows({at<const float>(weight), at<const float>(bias)}, at<const float>(from), in, at<float>(to), out,
+                      rows, threads);
+        });
   py::class_<DecoderStack>(m, "DecoderStack", "Weights of a stack of blocks by address; keeps nothing alive.")
       .def(py::init([](const std::array<int, 6>& s, address embedding, address norm, double eps, address head,
                        address head_bias) {

@@ -79,7 +79,7 @@ std::vector<double> philox_uniforms(const std::string& names) {
 // rows: a contiguous float32 vector per request; the others one number per request, uniform NaN for none.
 // Returns tuples of token, prob, logprob.
 py::list draw_rows(const py::list& rows, const std::vector<double>& temperature, const std::vector<int64_t>& top_k,
-                   const std::vector<double>& uniform, const std::vector<bool>& logprob) {
+                   const std::vector<double>& uniform, const std::vector<bool>& logprob, int threads) {
   const size_t n = rows.size();
   if (temperature.size() != n || top_k.size() != n || uniform.size() != n || logprob.size() != n)
     throw std::invalid_argument("draw_rows: expected one temperature, top_k, uniform and logprob per row");
@@ -92,7 +92,7 @@ py::list draw_rows(const py::list& rows, const std::vector<double>& temperature,
   std::vector<rainkernels::DrawResult> results;
   {
     py::gil_scoped_release release;
-    results = rainkernels::draw_rows(requests);
+    results = rainkernels::draw_rows(requests, threads);
   }
   py::list out(n);
   for (size_t i = 0; i < n; ++i) out[i] = py::make_tuple(results[i].token, results[i].prob, results[i].logprob);

@@ -31,6 +31,9 @@ const DecoderKernels& kernels() {
   return baseline::decoder_kernels;
 }
 
+// Multiplications below which waking a second thread costs more than it saves, and outputs a thread takes at a time.
+constexpr int64_t kSerialProduct = 1 << 19, kOutputs = 32;
+
 // Pieces of the workspace.
 struct Room {
   float *x, *residual, *normed, *qkv, *mixed, *gate_up, *gated, *wanted;
@@ -64,27 +67,6 @@ StepFault check(const DecoderStack& stack, const DecoderStep& step) {
   for (int i = 0; i < step.num_wanted; ++i)
     if (step.wanted[i] < 0 || step.wanted[i] >= step.rows) return {StepRule::wanted, i};
   return {StepRule::ok, 0};
-}
-
-// Multiplications below which waking a second thread costs more than it saves, and outputs a thread takes at a time.
-constexpr int64_t kSerialProduct = 1 << 19, kOutputs = 32;
-
-// to [rows, out] = from [rows, in] weight^T + bias
-void product(const Linear& linear, const float* from, int64_t in, float* to, int64_t out, int64_t rows, int threads) {
-  if (rows == 0) return;  // an empty step, or nothing wanted
-  const Product p{from, linear.weight, linear.bias, to, rows, in, out};
-  const DecoderKernels& k = kernels();
-  if (threads == 1 || rows * in * out < kSerialProduct) {
-    k.product(p, 0, out);
-    return;
-  }
-  const int64_t pieces = (out + kOutputs - 1) / kOutputs;
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-    const int64_t begin = pieces * i / n * kOutputs, end = pieces * (i + 1) / n * kOutputs;
-    if (begin < end) k.product(p, begin, std::min(end, out));
-  }
 }
 
 // residual += x; normed = its norm
@@ -149,6 +131,24 @@ void gate(const DecoderShape& s, const DecoderStep& step, const Room& room) {
 
 }  // namespace
 
+void linear_rows(const Linear& linear, const float* from, int64_t in, float* to, int64_t out, int64_t rows,
+                 int threads) {
+  if (rows == 0) return;  // an empty step, or nothing wanted
+  const Product p{from, linear.weight, linear.bias, to, rows, in, out};
+  const DecoderKernels& k = kernels();
+  if (threads == 1 || rows * in * out < kSerialProduct) {
+    k.product(p, 0, out);
+    return;
+  }
+  const int64_t pieces = (out + kOutputs - 1) / kOutputs;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
+    const int64_t begin = pieces * i / n * kOutputs, end = pieces * (i + 1) / n * kOutputs;
+    if (begin < end) k.product(p, begin, std::min(end, out));
+  }
+}
+
 int64_t decoder_workspace_floats(const DecoderShape& shape, int rows, int num_wanted) {
   return Room(shape, rows, num_wanted, nullptr).floats;
 }
@@ -165,20 +165,21 @@ StepFault decoder_step(const DecoderStack& stack, const DecoderStep& step) {
   std::memset(room.residual, 0, rows * row_bytes);
   for (const DecoderBlock& block : stack.blocks) {
     add_norm(room, block.attention_norm, rows, s.hidden, step.num_threads);
-    product(block.qkv, room.normed, s.hidden, room.qkv, width, rows, step.num_threads);
+    linear_rows(block.qkv, room.normed, s.hidden, room.qkv, width, rows, step.num_threads);
     attend(stack, block, step, room);
-    product(block.out, room.mixed, heads, room.x, s.hidden, rows, step.num_threads);
+    linear_rows(block.out, room.mixed, heads, room.x, s.hidden, rows, step.num_threads);
     add_norm(room, block.mlp_norm, rows, s.hidden, step.num_threads);
-    product(block.gate_up, room.normed, s.hidden, room.gate_up, 2 * int64_t{s.intermediate}, rows, step.num_threads);
+    linear_rows(block.gate_up, room.normed, s.hidden, room.gate_up, 2 * int64_t{s.intermediate}, rows,
+                step.num_threads);
     gate(s, step, room);
-    product(block.down, room.gated, s.intermediate, room.x, s.hidden, rows, step.num_threads);
+    linear_rows(block.down, room.gated, s.intermediate, room.x, s.hidden, rows, step.num_threads);
   }
   add_norm(room, stack.norm, rows, s.hidden, step.num_threads);
   for (int64_t r = 0; step.states != nullptr && r < rows; ++r)
     std::memcpy(step.states + step.slots[r] * int64_t{s.hidden}, room.normed + r * s.hidden, row_bytes);
   for (int64_t i = 0; i < step.num_wanted; ++i)
     std::memcpy(room.wanted + i * s.hidden, room.normed + step.wanted[i] * s.hidden, row_bytes);
-  product(stack.head, room.wanted, s.hidden, step.logits, s.vocab, step.num_wanted, step.num_threads);
+  linear_rows(stack.head, room.wanted, s.hidden, step.logits, s.vocab, step.num_wanted, step.num_threads);
   return fault;
 }
 

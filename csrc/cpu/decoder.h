@@ -23,6 +23,9 @@ struct StepFault {
   int64_t index;
 };
 
+// to [rows, out] = from [rows, in] weight^T + bias
+void linear_rows(const Linear& linear, const float* from, int64_t in, float* to, int64_t out, int64_t rows,
+                 int threads);
 int64_t decoder_workspace_floats(const DecoderShape& shape, int rows, int num_wanted);
 // Runs the step, unless a rule is broken: then nothing is written.
 StepFault decoder_step(const DecoderStack& stack, const DecoderStep& step);

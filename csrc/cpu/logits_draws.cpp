@@ -13,6 +13,12 @@ namespace {
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kFewTokens = 64;  // up to here a sorted list is kept while scanning
 
+constexpr int64_t kSerialWork = 1 << 16;  // tokens looked at below which a second thread costs more than it saves
+
+bool same_work(const DrawRequest& a, const DrawRequest& b) {
+  return a.row == b.row && a.vocab == b.vocab && a.temperature == b.temperature && a.top_k == b.top_k;
+}
+
 // One row under one filter.
 class Shaped {
  public:
@@ -44,11 +50,7 @@ class Shaped {
       probs_[i] = std::exp(score(some ? ids_[i] : i) - most);
       cdf_[i] = sum += probs_[i];
     }
-  }
-
-  bool serves(const DrawRequest& r) const {
-    return r.row == request_.row && r.vocab == request_.vocab && r.temperature == request_.temperature &&
-           r.top_k == request_.top_k;
+    if (!some && request.temperature == 1) lse_ = top_ + std::log(sum);
   }
 
   DrawResult draw(double uniform, bool logprob) {
@@ -126,13 +128,27 @@ class Shaped {
 
 }  // namespace
 
-std::vector<DrawResult> draw_rows(const std::vector<DrawRequest>& requests) {
-  std::vector<DrawResult> results;
-  results.reserve(requests.size());
-  Shaped shaped;
+std::vector<DrawResult> draw_rows(const std::vector<DrawRequest>& requests, int num_threads) {
+  std::vector<DrawResult> results(requests.size());
+  std::vector<size_t> groups;  // where requests for another row or filter begin
+  int64_t work = 0;
   for (size_t i = 0; i < requests.size(); ++i) {
-    if (i == 0 || !shaped.serves(requests[i])) shaped.shape(requests[i]);
-    results.push_back(shaped.draw(requests[i].uniform, requests[i].logprob));
+    if (i != 0 && same_work(requests[i - 1], requests[i])) continue;
+    groups.push_back(i);
+    work += requests[i].vocab;
+  }
+  const int count = static_cast<int>(groups.size());
+  groups.push_back(requests.size());
+  const bool parallel = num_threads > 1 && count > 1 && work > kSerialWork;
+#pragma omp parallel num_threads(num_threads) if (parallel)
+  {
+    Shaped shaped;
+#pragma omp for schedule(dynamic, 1)
+    for (int g = 0; g < count; ++g) {
+      shaped.shape(requests[groups[g]]);
+      for (size_t i = groups[g]; i < groups[g + 1]; ++i)
+        results[i] = shaped.draw(requests[i].uniform, requests[i].logprob);
+    }
   }
   return results;
 }

@@ -21,6 +21,6 @@ struct DrawResult {
 };
 
 // Requests for one row under one filter that follow each other share the work.
-std::vector<DrawResult> draw_rows(const std::vector<DrawRequest>& requests);
+std::vector<DrawResult> draw_rows(const std::vector<DrawRequest>& requests, int num_threads);
 
 }  // namespace rainkernels

@@ -17,7 +17,7 @@ from rainkernels.ops._attention_plan import AttentionPlan, layout_of
 from rainkernels.ops.attention import tree_attention
 from rainkernels.reference import decoder as reference
 
-__all__ = ["BlockWeights", "DecoderStack", "LinearWeight", "NormWeight", "StackWeights", "decoder_lane"]
+__all__ = ["BlockWeights", "DecoderStack", "LinearWeight", "NormWeight", "StackWeights", "decoder_lane", "linear_rows"]
 
 _CPU = torch.device("cpu")
 # Order shared with csrc/cpu/decoder.h (enum StepRule).
@@ -36,6 +36,39 @@ def decoder_lane() -> str:
     if lane == "cpu" and platform.machine() in ("x86_64", "AMD64") and "RAINKERNELS_ISA" not in os.environ:
         return "reference" if native().isa() == "baseline" else lane
     return lane
+
+
+def linear_rows(x: Tensor, linear: LinearWeight, out: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, the product a DecoderStack runs: a row's bits do not depend on the other rows.
+
+    Shapes:
+        x:   [T, in] float32 on the cpu, contiguous
+        out: [T, out] float32, contiguous, memory of its own; allocated when None
+    Returns:
+        [T, out]
+    Raises:
+        DeviceError, DtypeError, ShapeError, StrideError: naming the argument.
+    Reference: torch.nn.functional.linear
+    """
+    check_tensor("weight", linear.weight, dtype=torch.float32, shape=(None, None), device=_CPU)
+    outputs, inputs = linear.weight.shape
+    check_tensor("x", x, dtype=torch.float32, shape=(None, inputs), device=_CPU)
+    rows = x.shape[0]
+    if linear.bias is not None:
+        check_tensor("bias", linear.bias, dtype=torch.float32, shape=(outputs,), device=_CPU)
+    if out is None:
+        out = x.new_empty(rows, outputs)
+    else:
+        check_tensor("out", out, dtype=torch.float32, shape=(rows, outputs), device=_CPU)
+        check_no_grad("out", out)
+    if decoder_lane() != "cpu":
+        with torch.no_grad():
+            return out.copy_(torch.nn.functional.linear(x, *linear))
+    native().linear_rows(
+        linear.weight.data_ptr(), _address(linear.bias), x.data_ptr(), inputs, out.data_ptr(), outputs, rows,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 class DecoderStack:

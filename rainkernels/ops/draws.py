@@ -58,6 +58,8 @@ def draw_rows(
                 f"request {i} has temperature {t}, top_k {k}, uniform {u}; allowed: 0 or more, 0 or more, in (0, 1) or NaN"
             )
     if choose_lane("logits", _CPU) == "cpu":
-        drawn: list[tuple[int, float, float]] = native().draw_rows(rows, temperature, top_k, uniform, logprob)
+        drawn: list[tuple[int, float, float]] = native().draw_rows(
+            rows, temperature, top_k, uniform, logprob, torch.get_num_threads()
+        )
         return drawn
     return [reference.draw(*request) for request in zip(rows, temperature, top_k, uniform, logprob, strict=True)]

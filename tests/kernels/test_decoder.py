@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from rainkernels import DtypeError, RainKernelsError, RangeError, ShapeError, StrideError
-from rainkernels.ops.decoder import BlockWeights, DecoderStack, LinearWeight, NormWeight, StackWeights, decoder_lane
+from rainkernels.ops.decoder import (
+    BlockWeights,
+    DecoderStack,
+    LinearWeight,
+    NormWeight,
+    StackWeights,
+    decoder_lane,
+    linear_rows,
+)
 from rainkernels.testing.cases_decoder import CASES, DecoderCase, StepInputs, branches, rotary
 
 pytestmark = pytest.mark.skipif(decoder_lane() != "cpu", reason="there is no native step here")
@@ -376,3 +384,32 @@ def test_cosines_are_those_of_the_definition() -> None:
     assert torch.equal(cos[:, :3], cos[:, 3:])
     assert torch.equal(sin[:, :3], -sin[:, 3:])
     torch.testing.assert_close(sin[3, 3:], torch.tensor([3.0, 3 * 10_000 ** (-1 / 3), 3 * 10_000 ** (-2 / 3)]).sin())
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(0, 8, 8), (1, 40, 9), (2, 128, 70), (5, 20, 3), (37, 1100, 77)]
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_linear_rows(rows: int, inputs: int, outputs: int, threads: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = torch.randn(rows, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for bias in (None, torch.randn(outputs, generator=generator)):
+            made = linear_rows(x, LinearWeight(weight, bias))
+            torch.testing.assert_close(made, torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-5)
+            for r in range(rows):
+                assert torch.equal(linear_rows(x[r : r + 1], LinearWeight(weight, bias))[0], made[r])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_linear_rows_names_what_is_wrong() -> None:
+    linear = LinearWeight(torch.ones(4, 8), None)
+    with pytest.raises(ShapeError, match=r"^x has shape"):
+        linear_rows(torch.ones(2, 7), linear)
+    with pytest.raises(ShapeError, match=r"^out has shape"):
+        linear_rows(torch.ones(2, 8), linear, torch.ones(2, 5))
+    with pytest.raises(DtypeError, match=r"^weight has dtype"):
+        linear_rows(torch.ones(2, 8), LinearWeight(torch.ones(4, 8, dtype=torch.float64), None))
