@@ -86,8 +86,9 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """The `tokenizers` object behind a tokenizer that adds nothing to it, else None: most of a short call is spent around it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     kind = type(tokenizer)
-    names = ("__call__", "decode", "_decode", "_encode_plus", "_switch_to_input_mode")
-    plain = all(getattr(getattr(kind, name, None), "__module__", None) in _PLAIN_MODULES for name in names)
+    names = ("__call__", "decode", "_decode", "_encode_plus", "_switch_to_input_mode")  # not every release has all
+    methods = [getattr(kind, name) for name in names if hasattr(kind, name)]
+    plain = all(getattr(method, "__module__", None) in _PLAIN_MODULES for method in methods)
     if backend is None or not plain or any(name in vars(tokenizer) for name in names):
         return None
     return backend

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from models import EOS, byte_tokenizer
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from raindecode import testbed
 from raindecode.errors import ModelError
 from raindecode.text import Codec, TextStream, find_stop
 
@@ -184,3 +185,12 @@ def test_tokenizers_with_methods_of_their_own_are_asked() -> None:
     patched._decode = lambda *_args, **_kwargs: "patched"
     assert Codec(patched, [EOS]).decode(ids) == "patched"
     assert Codec(byte_tokenizer(), [EOS]).decode(ids) == "the inner"
+
+
+def test_a_plain_tokenizer_is_asked_without_its_wrapper() -> None:
+    codec = Codec(AutoTokenizer.from_pretrained(testbed.WEIGHTS), {2})
+    assert codec._backend is not None
+    text = "Human: How do I paint a fence?\n"
+    ids = codec.encode(text)
+    assert ids == list(codec.tokenizer(text)["input_ids"])
+    assert codec.decode(ids) == codec.tokenizer.decode(ids, skip_special_tokens=True) == text
