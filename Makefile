@@ -2,17 +2,21 @@
 #
 #   TORCH=...   the torch build to install, any pip requirement (default below); for a GPU: make demo TORCH=torch
 #   PYTHON=...  the Python to make .venv with (3.10 to 3.13)
+#   JOBS=...    test processes (default: one per core, at most 4); 0 runs all tests in one
 #   PROMPT=...  your own request for the demo: make demo PROMPT="How do I paint the fence?"
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PROMPT ?=
 export PROMPT
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.ready
+# A file's tests stay together: its fixtures compile kernels. One thread each, or the processes would fight for the cores.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest tests -n $(JOBS) --dist loadfile
 TORCH_STAMP := $(VENV)/.torch
 OLD_TRITON := $(VENV)/.triton-3.6
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
@@ -26,10 +30,10 @@ demo: $(STAMP) ## RAIN answers three requests on the embedded model, beside plai
 	@$(VENV)/bin/raindecode demo -- $${PROMPT:+"$$PROMPT"}
 
 test: $(STAMP) $(OLD_TRITON) ## every test that needs no GPU
-	@$(PY) -m pytest tests
+	@$(PYTEST)
 
 test-slow: $(STAMP) $(OLD_TRITON) ## the long sweeps as well
-	@RAINKERNELS_FUZZ_CASES=2000 $(PY) -m pytest tests -m "slow or not slow"
+	@RAINKERNELS_FUZZ_CASES=2000 $(PYTEST) -m "slow or not slow"
 
 test-asan: $(STAMP) ## the kernels' tests and 2,000 fuzzed calls of each op on a C++ lane with AddressSanitizer
 	@RAINKERNELS_FUZZ_CASES=2000 $(PY) -m pytest tests/kernels/test_asan.py -m "slow or not slow" -s
