@@ -50,6 +50,8 @@ class Shaped {
       probs_[i] = std::exp(score(some ? ids_[i] : i) - most);
       cdf_[i] = sum += probs_[i];
     }
+    // Rounding may have made lower ids as likely.
+    if (!some) likeliest_ = std::find(probs_.begin(), probs_.end(), 1.0) - probs_.begin();
     if (!some && request.temperature == 1) lse_ = top_ + std::log(sum);
   }
 
@@ -59,7 +61,7 @@ class Shaped {
     double prob = 1;
     if (request_.temperature != 0) {
       const int64_t n = static_cast<int64_t>(cdf_.size());
-      int64_t at = ids_.empty() ? best_ : 0;
+      int64_t at = ids_.empty() ? likeliest_ : 0;
       if (uniform == uniform) {
         at = std::upper_bound(cdf_.begin(), cdf_.end(), uniform * cdf_.back()) - cdf_.begin();
         at = std::min(at, n - 1);
@@ -121,7 +123,7 @@ class Shaped {
   DrawRequest request_{};
   bool valid_ = false;
   double top_ = 0, lse_ = 0;
-  int64_t best_ = 0;
+  int64_t best_ = 0, likeliest_ = 0;
   std::vector<int64_t> ids_;  // empty: all tokens
   std::vector<double> probs_, cdf_;
 };

@@ -141,7 +141,7 @@ class ProgressDisplay:
         if line != self._line:
             try:
                 print(line, file=sys.stderr, flush=True)
-            except OSError:  # nobody reads it any more: no reason to end a request
+            except (OSError, ValueError):  # nobody reads it any more: no reason to end a request
                 self._silent = True
             self._line = line
 

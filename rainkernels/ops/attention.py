@@ -156,7 +156,7 @@ def tree_attention(
         return MergedState(result, lse) if return_lse else result
     if out is None:
         out = q.new_empty(call.out_shape)
-    lse_out = torch.empty(call.lse_shape, device=q.device) if return_lse else None
+    lse_out = torch.empty(call.lse_shape, dtype=torch.float32, device=q.device) if return_lse else None
     if call.lane == "triton":
         _run_triton(call, q, k_pool, v_pool, plan, sinks, out, lse_out, buffers)
     else:
@@ -197,7 +197,7 @@ def _run_cpu(
     # Taken out while in use, so that two threads sharing a plan never share a workspace.
     workspace = plan._workspaces.pop(call.workspace_floats, None)
     if workspace is None:
-        workspace = torch.empty(call.workspace_floats)
+        workspace = torch.empty(call.workspace_floats, dtype=torch.float32)
     call.native(
         q.data_ptr(), k_pool.data_ptr(), v_pool.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(),
         0 if sinks is None else sinks.data_ptr(), workspace.data_ptr(), *call.arguments,

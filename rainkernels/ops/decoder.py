@@ -74,8 +74,8 @@ def linear_rows(x: Tensor, linear: LinearWeight, out: Tensor | None = None) -> T
 class DecoderStack:
     """The blocks of one model on the cpu, in float32.
 
-    A block: x += out(attention(rotary(norm(qkv(norm(x)))))), x += down(silu(gate) * up). A row's bits do not depend on the
-    other rows, on threads or on the instruction set.
+    A block: x += out(attention(rotary(norm(qkv(norm(x)))))), x += down(silu(gate) * up). On the native lane a row's bits
+    do not depend on the other rows, on threads or on the instruction set.
 
     Raises:
         DeviceError, DtypeError, ShapeError, StrideError, RangeError: naming the weight.
@@ -87,8 +87,8 @@ class DecoderStack:
         self.weights = weights
         self._pools: list[tuple[Tensor, Tensor]] = []
         self._num_slots = 0
-        self._room = torch.empty(0)
-        self._attention_room = torch.empty(0)
+        self._room = torch.empty(0, dtype=torch.float32)
+        self._attention_room = torch.empty(0, dtype=torch.float32)
         self._native: Any = None
         if decoder_lane() == "cpu":
             self._native = _native_stack(weights)
@@ -134,7 +134,7 @@ class DecoderStack:
         """
         w = self.weights
         rows, threads = self._check_step(ids, positions, slots, plan, cos, sin, wanted, states), torch.get_num_threads()
-        logits = torch.empty(len(wanted), w.head.weight.shape[0])
+        logits = torch.empty(len(wanted), w.head.weight.shape[0], dtype=torch.float32)
         if self._native is None:
             return self._reference(ids, positions, slots, plan, cos, sin, wanted, states)
         layout = layout_of(plan, w.num_qo_heads // w.num_kv_heads)
@@ -213,7 +213,7 @@ class DecoderStack:
 
 
 def _at_least(room: Tensor, floats: int) -> Tensor:
-    return room if len(room) >= floats else torch.empty(floats + floats // 4)
+    return room if len(room) >= floats else torch.empty(floats + floats // 4, dtype=torch.float32)
 
 
 def _native_stack(w: StackWeights) -> Any:

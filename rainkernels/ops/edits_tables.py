@@ -88,11 +88,11 @@ class EditTable:
         with torch.inference_mode(False):  # a table made inside inference mode can be changed outside it
             return cls(
                 directions=torch.zeros((*pairs, hidden_size), dtype=dtype, device=device),
-                scale=torch.zeros(pairs, device=device),
-                gram=torch.zeros((*pairs, max_directions), device=device),
+                scale=torch.zeros(pairs, dtype=torch.float32, device=device),
+                gram=torch.zeros((*pairs, max_directions), dtype=torch.float32, device=device),
                 op=torch.zeros(pairs, dtype=torch.int32, device=device),
-                alpha=torch.zeros(pairs, device=device),
-                target=torch.zeros(pairs, device=device),
+                alpha=torch.zeros(pairs, dtype=torch.float32, device=device),
+                target=torch.zeros(pairs, dtype=torch.float32, device=device),
                 count=torch.zeros(num_slots, dtype=torch.int32, device=device),
                 norm=torch.zeros(num_slots, dtype=torch.int32, device=device),
             )
@@ -227,8 +227,8 @@ class BasisTable:
                 basis=stored.to(device),
                 scale=scale.to(device, torch.float32),
                 op=torch.zeros(pairs, dtype=torch.int32, device=device),
-                alpha=torch.zeros(pairs, device=device),
-                target=torch.zeros(pairs, device=device),
+                alpha=torch.zeros(pairs, dtype=torch.float32, device=device),
+                target=torch.zeros(pairs, dtype=torch.float32, device=device),
                 norm=torch.zeros(num_slots, dtype=torch.int32, device=device),
             )
 

@@ -25,6 +25,7 @@ from raindecode.cli import main
 from raindecode.commands import demo
 from raindecode.commands.common import guarded, printable
 from raindecode.commands.output import Output
+from raindecode.errors import ConfigError
 from raindecode.testbed import world
 from raindecode.types import Completion, Stats
 from rainkernels.errors import ShapeError
@@ -384,6 +385,7 @@ def test_ctrl_c_in_a_real_process(llama: str, tmp_path: Path) -> None:
 def test_the_file_gets_answers_at_once_and_the_rest_in_order(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "out.jsonl"
     with Output(samples=2, as_json=True, file=str(file), tree=str(tmp_path / "tree.json")) as sink:
+        sink.begin([], {})
         sink.add(2, completion("c"))
         assert json.loads(file.read_text())["text"] == "c"
         assert capfd.readouterr().out == ""
@@ -399,9 +401,23 @@ def test_the_file_gets_answers_at_once_and_the_rest_in_order(capfd: pytest.Captu
 
 
 def test_no_trees_are_an_empty_list(tmp_path: Path) -> None:
-    with Output(samples=1, as_json=True, tree=str(tmp_path / "tree.json")):
-        pass
+    with Output(samples=1, as_json=True, tree=str(tmp_path / "tree.json")) as sink:
+        sink.begin([], {})
     assert json.loads((tmp_path / "tree.json").read_text()) == []
+
+
+def test_files_keep_what_they_hold_until_the_run_can_be_done(tmp_path: Path) -> None:
+    file, tree = tmp_path / "out.jsonl", tmp_path / "tree.json"
+    file.write_text("old\n")
+    tree.write_text("[1]\n")
+    with Output(samples=1, as_json=True, file=str(file), overwrite=True, tree=str(tree)):
+        pass  # the model could not be loaded
+    assert (file.read_text(), tree.read_text()) == ("old\n", "[1]\n")
+    with Output(samples=1, as_json=True, file=str(file), overwrite=True, tree=str(tree)) as sink:
+        sink.begin([], {})
+    assert (file.read_text(), tree.read_text()) == ("", "[]\n")
+    with pytest.raises(ConfigError, match="--output and --tree both name"):
+        Output(samples=1, as_json=True, file=str(file), tree=str(tmp_path / "." / "out.jsonl"))
 
 
 def test_a_progress_display_does_not_swallow_piped_output(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,14 @@ from models import logits_after, random_tokens, run_alone, task, tiny_decoder, t
 
 from raindecode.decoder import Decoder
 from raindecode.engine import engine as engine_module
+from raindecode.engine import sampler
 from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.engine import Engine, Task
 from raindecode.engine.loader import build_engine
 from raindecode.engine.sampler import Filter
 from raindecode.engine.types import Draw, Search, Want
 from raindecode.errors import RainDecodeError, RequestCancelled
+from raindecode.search.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +231,27 @@ def test_a_model_outlives_its_decoder_without_keeping_it() -> None:
     del decoder
     gc.collect()
     assert runner() is None
+
+
+def test_a_draw_that_cannot_be_made_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = tiny_decoder()
+    (expected,) = decoder.generate("on a", max_new_tokens=5, seed=1)
+    plain = sampler.draw_all
+
+    def picky(requests: Sequence[sampler.DrawRequest]) -> Any:
+        if any(r.shape.top_k == 7 for r in requests):
+            raise ValueError("seven")
+        return plain(requests)
+
+    monkeypatch.setattr(sampler, "draw_all", picky)
+    tasks = [
+        (Sampling(), {"seed": 1}),
+        (Sampling(top_k=7), {"seed": 2}),
+    ]
+    outcomes = []
+    for search, options in tasks:
+        outcomes += decoder.generate("on a", search=search, max_new_tokens=5, errors="return", **options)
+    assert outcomes[0].token_ids == expected.token_ids
+    assert isinstance(outcomes[1], ValueError)
+    (large,) = decoder.generate("on a", search=Sampling(top_k=2**63), max_new_tokens=5, seed=1)
+    assert large.token_ids == expected.token_ids

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from raindecode.decoder import Decoder
 from raindecode.engine.loader import build_engine
+from raindecode.search.rain import RAIN
 
 AFTERWARDS: dict[str, Callable[[Any], Any]] = {
     "hook on a module": lambda m: part(m).mlp.register_forward_hook(lambda _m, _a, out: 2.0 * out),
@@ -158,3 +159,22 @@ def test_inference_mode_of_the_caller(made_inside: bool) -> None:
     assert_equals_stock(engine, stock)
     model.set_attn_implementation("eager")
     assert error(stock_row(model, PATHS[1]), stock_row(stock, PATHS[1])) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    """transformers sets it for the whole process while it loads a model, perhaps in another thread."""
+    decoder = Decoder.from_pretrained("testbed", device="cpu")
+    rain = RAIN.preset("town")
+    asked = {"search": rain, "max_new_tokens": 8, "seed": 3, "progress": False}
+    (expected,) = decoder.generate("How do I paint a fence?", **asked)
+    decoder.engine.tree.clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        (found,) = Decoder.from_pretrained("testbed", device="cpu").generate("How do I paint a fence?", **asked)
+        (again,) = decoder.generate("How do I paint a fence?", **asked)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.token_ids == again.token_ids == expected.token_ids
+    assert found.stats.iterations == expected.stats.iterations

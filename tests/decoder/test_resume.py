@@ -20,6 +20,7 @@ from cli_models import Cli, Result, save_llama
 from raindecode import Decoder
 from raindecode.cli import main
 from raindecode.commands.answer_file import AnswerFile
+from raindecode.errors import ConfigError
 from raindecode.types import Request
 
 ROOT = Path(__file__).parents[2]
@@ -308,3 +309,23 @@ def test_an_evaluations_file_that_makes_no_sense_is_refused(evaluate: Cli, answe
     assert "answers none of this run's requests" in refusal(evaluate("--resume"))
     assert answer("--overwrite").code == 0
     assert "was written with the default task" in refusal(evaluate("--resume"))
+
+
+@pytest.mark.parametrize("foreign", ['[{"id": 0}]', "a note", '"text"', "12", '{"other": ', "[1]\n", "note\n"])
+def test_a_file_of_something_else_stays_as_it_is(foreign: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(foreign)
+    with AnswerFile(str(path), resume=True) as file:
+        file.begin()
+        with pytest.raises(ConfigError, match="is no answer of raindecode"):
+            list(file.records())
+    assert path.read_text() == foreign
+
+
+@pytest.mark.parametrize("torn", ['{"index": 1, "te', '{"ind', "{", '{"index": 1, "text": "a'])
+def test_a_torn_record_is_cut_off(torn: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text('{"index": 0}\n' + torn)
+    with AnswerFile(str(path), resume=True) as file:
+        assert [record for _, record in file.records()] == [{"index": 0}]
+    assert path.read_text() == '{"index": 0}\n'

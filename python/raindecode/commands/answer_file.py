@@ -15,6 +15,7 @@ except ImportError:  # not on this system: two runs on one file are then not not
     fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
+_BEGINNING = b'{"index": '  # of every record
 
 
 class AnswerFile:
@@ -26,7 +27,7 @@ class AnswerFile:
     Args:
         path: the file; a device or pipe may be written, and not resumed.
         resume: go on behind the answers it holds; a new file when there is none.
-        overwrite: empty it.
+        overwrite: empty it, once `begin` is called.
 
     Raises:
         ConfigError: it cannot be written, holds answers, or another run is writing it; the message says what to do.
@@ -37,6 +38,7 @@ class AnswerFile:
             raise ConfigError("--resume and --overwrite exclude each other; give one of them")
         self.path = path
         self.resume = resume
+        self._overwrite = overwrite
         place = Path(path)
         regular = place.is_file() or not place.exists()
         if resume and not regular:
@@ -48,17 +50,21 @@ class AnswerFile:
                 f"{path!r} cannot be written ({error.strerror}): name a file in a folder that exists"
             ) from error
         try:
-            self._claim()
-            if regular and not resume and place.stat().st_size:
-                if not overwrite:
-                    raise ConfigError(
-                        f"{path!r} holds answers already: --resume goes on with them, --overwrite drops them; "
-                        "or name another file"
-                    )
-                self._file.truncate(0)
+            if regular:
+                self._claim()
+            if regular and not resume and not overwrite and place.stat().st_size:
+                raise ConfigError(
+                    f"{path!r} holds answers already: --resume goes on with them, --overwrite drops them; "
+                    "or name another file"
+                )
         except BaseException:
             self._file.close()
             raise
+
+    def begin(self) -> None:
+        """The run can be done: empty the file where that was asked for."""
+        if self._overwrite and self._file.seekable():
+            self._file.truncate(0)
 
     def records(self) -> Iterator[tuple[int, Record]]:
         """(line number, record) of every whole line. A last line that a killed run left unfinished is cut off.
@@ -71,7 +77,7 @@ class AnswerFile:
         for number, line in enumerate(self._file, start=1):
             record = _parsed(line)
             ended = line.endswith(b"\n")
-            if record is None and ended:
+            if record is None and (ended or not _is_torn(line)):
                 raise ConfigError(
                     f"line {number} of {self.path!r} is no answer of raindecode: name the file of the run to go on with, "
                     "or --overwrite to drop what it holds"
@@ -80,10 +86,10 @@ class AnswerFile:
                 self._file.truncate(whole)
                 return
             whole += len(line)
+            yield number, record
             if not ended:  # only the line's end is missing
                 self._file.write(b"\n")
                 self._file.flush()
-            yield number, record
 
     def write(self, record: Record) -> None:
         """Add a line. It is in the operating system's hands when this returns.
@@ -151,6 +157,15 @@ def check_settings(path: str, number: int, record: Record, settings: Record) -> 
 
 def _said(name: str, settings: Record) -> str:
     return f"{name} {json.dumps(settings[name])}" if name in settings else f"the default {name}"
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line without an end may be the beginning of a record."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return line.startswith(_BEGINNING) or _BEGINNING.startswith(line)
+    return False
 
 
 def _parsed(line: bytes) -> Record | None:

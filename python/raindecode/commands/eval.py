@@ -17,6 +17,7 @@ from raindecode.commands.common import load_decoder, one_of, say
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
 from raindecode.evaluation import MAX_NEW_TOKENS, SEARCHES, Judged, Rate, TownResult, evaluate_town, town_requests
+from raindecode.settings import is_whole
 
 EXAMPLES = """Examples:
 
@@ -68,7 +69,8 @@ def evaluate(
     with nullcontext() if output is None else AnswerFile(output, resume=resume, overwrite=overwrite) as file:
         decoder = load_decoder(model, device=device, dtype=dtype, kv_tokens=kv_tokens, max_concurrent=max_concurrent)
         settings = {
-            "task": task, "model": model, "dtype": decoder.dtype, "num_harmful": num_harmful, "num_benign": num_benign,
+            "task": task, "model": model, "dtype": decoder.dtype,
+            "device": decoder.engine.runner.device.type, "exact": decoder.exact, "num_harmful": num_harmful, "num_benign": num_benign,
             "seed": seed, "max_new_tokens": max_new_tokens,
         }  # fmt: skip
         known = _known(file, settings, [request.text for request in (*harmful, *benign)])
@@ -100,14 +102,17 @@ def _known(file: AnswerFile | None, settings: Record, requests: Sequence[str]) -
         ConfigError: it holds something that is no answer to these requests with these settings.
     """
     known: dict[str, dict[int, Judged]] = {}
-    if file is None or not file.resume:
+    if file is None:
+        return known
+    file.begin()
+    if not file.resume:
         return known
     for number, record in file.records():
         check_settings(file.path, number, record, settings)
         index, where = record.get("index", -1), f"line {number} of {file.path!r}"
         names = [field.name for field in fields(Judged)]
-        right = index in range(len(requests)) and record.get("request") == requests[index]
-        if not right or record.get("search") not in SEARCHES or not all(name in record for name in names):
+        right = is_whole(index) and index in range(len(requests)) and record.get("request") == requests[index]
+        if not right or str(record.get("search")) not in SEARCHES or not all(name in record for name in names):
             raise ConfigError(
                 f"{where} answers none of this run's requests: name the file of the run to go on with, or --overwrite to "
                 "drop what it holds"

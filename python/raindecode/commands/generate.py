@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -165,6 +166,10 @@ def generate(
     if stop and "" in stop:
         raise ConfigError("--stop is an empty text, which would end every answer at once; give at least one character")
     require_output(output, resume, overwrite)
+    if file is not None and output is not None and Path(file).resolve() == Path(output).resolve():
+        raise ConfigError(
+            f"--file and --output both name {file!r}: the prompts would be overwritten; give another --output"
+        )
     if resume and tree is not None:
         raise ConfigError(
             "--tree holds the searches of one whole run, so none can be added with --resume: give one of them"
@@ -181,7 +186,8 @@ def generate(
             stop=stop or (), stop_token_ids=stop_token_id or (),
         )  # fmt: skip
         settings = {
-            "model": model, "dtype": decoder.dtype, **_search_settings(chosen, preset, raw, model),
+            "model": model, "dtype": decoder.dtype, "device": decoder.engine.runner.device.type, "exact": decoder.exact,
+            **_search_settings(chosen, preset, raw, model),
             "max_new_tokens": max_new_tokens, **({"stop": stop} if stop else {}),
             **({"stop_token_ids": stop_token_id} if stop_token_id else {}),
         }  # fmt: skip
@@ -227,10 +233,11 @@ def _policy(raw: bool, preset: str | None, search: Sampling | RAIN) -> Policy | 
 def _search_settings(search: Sampling | RAIN, preset: str | None, raw: bool, model: str) -> dict[str, Any]:
     """What decides how tokens are chosen and the prompt is written, as plain data; defaults are left out."""
     shape: dict[str, Any] = {"search": "rain" if isinstance(search, RAIN) else "sampling"}
+    chosen = _preset(preset, model)
     if isinstance(search, RAIN):
-        shape["preset"] = _preset(preset, model) or "hh"
-    elif preset is not None:
-        shape["preset"] = preset
+        shape["preset"] = chosen or "hh"
+    elif chosen is not None and not raw:
+        shape["preset"] = chosen
     if raw:
         shape["raw"] = True
     if isinstance(search, Sampling):

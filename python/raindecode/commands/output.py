@@ -47,8 +47,11 @@ class Output:
         self._silent = silent
         self._real = sys.stdout
         self._console = Console(file=self._real, highlight=False)
+        if file is not None and tree is not None and Path(file).resolve() == Path(tree).resolve():
+            raise ConfigError(f"--output and --tree both name {file!r}: give each a file of its own")
         self._file = None if file is None else AnswerFile(file, resume=resume, overwrite=overwrite)
         self._tree_file = None if tree is None else open_for_writing(tree)
+        self._begun = False
         self._trees = 0  # written so far
         self._settings: Record = {}
         self._waiting: dict[int, Completion | None] = {}
@@ -70,6 +73,11 @@ class Output:
             ConfigError: the file holds something that is no answer to one of these requests with these settings.
         """
         self._settings = settings
+        self._begun = True
+        if self._file is not None:
+            self._file.begin()
+        if self._tree_file is not None and self._tree_file.seekable():
+            self._tree_file.truncate(0)
         done: set[int] = set()
         if self._file is not None and self._file.resume:
             for number, record in self._file.records():
@@ -102,7 +110,8 @@ class Output:
             self.flush()
             if self._tree_file is not None:
                 with self._tree_file as file:
-                    file.write("]\n" if self._trees else "[]\n")
+                    if self._begun:
+                        file.write("]\n" if self._trees else "[]\n")
         finally:
             if self._file is not None:
                 self._file.close()
@@ -176,13 +185,13 @@ class Output:
 
 
 def open_for_writing(path: str) -> IO[str]:
-    """A text file, emptied.
+    """A text file; what it holds stays until it is truncated.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
-        return Path(path).open("w", encoding="utf-8")
+        return Path(path).open("a", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"{path!r} cannot be written ({error.strerror}): name a file in a folder that exists"

@@ -285,21 +285,24 @@ class Engine:
                 ready.append((task, task.answers))
         return ready
 
-    def _draw(self, draws: Sequence[tuple[Draw, LogitsRow | None]]) -> Sequence[Drawn | NumericError]:
+    def _draw(self, draws: Sequence[tuple[Draw, LogitsRow | None]]) -> Sequence[Drawn | Exception]:
         """All draws of a step; where one cannot be made, its error."""
         numbers = sampler.uniforms([d.key for d, _ in draws], [d.counter for d, _ in draws]) if draws else ()
         requests: list[sampler.DrawRequest] = []
         for (d, row), number in zip(draws, numbers, strict=True):
             assert row is not None
             requests.append(sampler.DrawRequest(row, d.shape, None if d.greedy else number, d.context, d.logprob))
-        return sampler.draw_all(requests)
+        try:
+            return sampler.draw_all(requests)
+        except Exception:  # one by one, so that only the request at fault ends
+            return [_drawn_or_error(request) for request in requests]
 
-    def _got(self, want: Want, row: LogitsRow | None, drawn: Sequence[Drawn | NumericError]) -> Got:
+    def _got(self, want: Want, row: LogitsRow | None, drawn: Sequence[Drawn | Exception]) -> Got:
         got = Got()
         if want.needs_logits:
             assert row is not None
             for one in drawn:
-                if isinstance(one, NumericError):
+                if isinstance(one, Exception):
                     raise one
                 got.drawn.append(one)
             if want.top:
@@ -403,6 +406,13 @@ class Engine:
             f"{task.ledger.kv_tokens_peak} and the next step adds up to {pending}. Raise kv_tokens "
             "(Decoder.from_pretrained(..., kv_tokens=N) or --kv-tokens N), or shorten the prompt"
         )
+
+
+def _drawn_or_error(request: sampler.DrawRequest) -> Drawn | Exception:
+    try:
+        return sampler.draw_all([request])[0]
+    except Exception as error:
+        return error
 
 
 def _call_together(function: Any, tasks: Sequence[Task]) -> list[tuple[Task, Any]]:

@@ -123,7 +123,7 @@ def draw_all(requests: Sequence[DrawRequest]) -> list[Drawn | NumericError]:
         draw_rows(
             [r.row for r in plain],
             [r.shape.temperature for r in plain],
-            [r.shape.top_k for r in plain],
+            [min(r.shape.top_k, len(r.row)) for r in plain],
             [math.nan if r.uniform is None else r.uniform for r in plain],
             [r.logprob for r in plain],
         )

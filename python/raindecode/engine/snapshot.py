@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# transformers leaves hooks on every module once hidden states were asked for; outside of such a call they do nothing.
-_IDLE_HOOKS = "transformers.utils.output_capturing"
+# transformers leaves hooks on every module once hidden states were asked for; outside of such a call they do nothing. Another
+# Decoder over the model listens during a forward of its own.
+_IDLE_HOOKS = {"transformers.utils.output_capturing", "raindecode.engine.model_runner"}
 
 
 class Snapshot:
@@ -51,5 +52,5 @@ class Snapshot:
         if any(map(contains, self._own, repeat("forward"))):
             return False
         return not any(self._hooks) or not any(
-            getattr(hook, "__module__", "") != _IDLE_HOOKS for hooks in self._hooks for hook in hooks.values()
+            getattr(hook, "__module__", "") not in _IDLE_HOOKS for hooks in self._hooks for hook in hooks.values()
         )

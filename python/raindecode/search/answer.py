@@ -69,9 +69,8 @@ class Answer:
         known = self._cannot_stop.get(token)
         if known is None:
             text = self._codec.decode([token])
-            loose = (
-                "\ufffd" in text or not text or any(last.isspace() and last != "\n" for last in self._last_characters)
-            )
+            lasts = self._last_characters
+            loose = not text or any(last.isspace() and last != "\n" for last in lasts) or "\ufffd" in (*text, *lasts)
             known = self._cannot_stop[token] = not loose and self._last_characters.isdisjoint(text)
         return known
 

@@ -63,7 +63,7 @@ def start_ahead(
         if remaining <= 0 or (best.direct_visits > rain.min_visits and best.value > rain.value_threshold):
             if works.ended(nodes[best.slot]) or best.slot in unknown:
                 break
-            statistics.reroot(best.slot)
+            unknown.difference_update(statistics.reroot(best.slot))
             remaining = rain.iterations(statistics.node(statistics.root).direct_visits)
     return started
 

@@ -127,7 +127,7 @@ class LeafWork:
         if self._rows is None or levels < 2:
             return None
         rows = self._rows[len(self._rows) - (levels - 1) :]
-        return torch.cat([torch.zeros(1, rows.shape[1]), rows])
+        return torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
 
     def use(self, levels: int) -> tuple[float, bool]:
         """Book what the work ran. The value, and whether it is the first use of its text's verdict.
@@ -250,5 +250,6 @@ class LeafWork:
             return [works.context.codec.decode([t for p in parts[i:] for t in p] + rollout) for i in range(len(parts))]
 
         context = replace(works.context, ledger=self._embedding)
-        self._rows = yield from embedder.embed(context, Paths(branch, starts, texts))
+        rows = yield from embedder.embed(context, Paths(branch, starts, texts))
+        self._rows = rows.float().contiguous()
         branch.release()
