@@ -420,6 +420,15 @@ def test_files_keep_what_they_hold_until_the_run_can_be_done(tmp_path: Path) -> 
         Output(samples=1, as_json=True, file=str(file), tree=str(tmp_path / "." / "out.jsonl"))
 
 
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="no such device here")
+def test_a_device_is_written_and_never_emptied() -> None:
+    for options in ({"file": "/dev/null", "overwrite": True}, {"file": "/dev/null"}, {"tree": "/dev/null"}):
+        with Output(samples=1, as_json=False, silent=True, **options) as sink:  # type: ignore[arg-type]
+            sink.begin([], {})
+            sink.add(0, completion("a"))
+        assert sink.finished == 1
+
+
 def test_a_progress_display_does_not_swallow_piped_output(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, display = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", pipe)

@@ -11,6 +11,7 @@ from fake_lm import TEMPLATE, HashLM, fake_decoder, hashed_scores, random_rain
 
 from raindecode import RAIN
 from raindecode.errors import ConfigError, EvaluatorError
+from raindecode.search import rain_search
 from raindecode.types import Completion
 
 PROMPT = "H:abc, de\nA:"
@@ -47,6 +48,18 @@ def test_work_ahead_saves_forwards() -> None:
         assert done.stats.tokens_charged == len(recorder.rows)
     assert steps["auto"] < 0.8 * steps[1]
     assert charged[1] <= charged["auto"] <= 1.6 * charged[1]
+
+
+def test_work_beyond_unknown_leaves_saves_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    rain = RAIN(evaluator=TEMPLATE, record_tree=True)
+    found = {}
+    for waste in (rain_search._WASTE_BEYOND, -1.0):  # no row is spared for it
+        monkeypatch.setattr(rain_search, "_WASTE_BEYOND", waste)
+        (found[waste],) = fake_decoder(HashLM(3, eos=-1.0))[0].generate(PROMPT, search=rain, max_new_tokens=60)
+    beyond, without = found.values()
+    assert outcome(beyond) == outcome(without)
+    assert beyond.stats.model_steps < without.stats.model_steps
+    assert beyond.stats.tokens_charged <= 1.6 * beyond.stats.tokens_processed
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -38,9 +38,9 @@ class AnswerFile:
             raise ConfigError("--resume and --overwrite exclude each other; give one of them")
         self.path = path
         self.resume = resume
-        self._overwrite = overwrite
         place = Path(path)
         regular = place.is_file() or not place.exists()
+        self._empties = overwrite and regular
         if resume and not regular:
             raise ConfigError(f"--resume reads {path!r} first, which is no ordinary file: drop --resume, or name one")
         try:
@@ -63,7 +63,7 @@ class AnswerFile:
 
     def begin(self) -> None:
         """The run can be done: empty the file where that was asked for."""
-        if self._overwrite and self._file.seekable():
+        if self._empties:
             self._file.truncate(0)
 
     def records(self) -> Iterator[tuple[int, Record]]:

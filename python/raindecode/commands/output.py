@@ -76,7 +76,7 @@ class Output:
         self._begun = True
         if self._file is not None:
             self._file.begin()
-        if self._tree_file is not None and self._tree_file.seekable():
+        if self._tree_file is not None and Path(self._tree_file.name).is_file():  # a device holds nothing
             self._tree_file.truncate(0)
         done: set[int] = set()
         if self._file is not None and self._file.resume:
