@@ -137,7 +137,7 @@ class Watch:
             "finished": finished, "rss_mib_before_gc": round(before, 1), "rss_mib": round(resident(), 1),
             "python_objects": len(gc.get_objects()), "kv_tokens_used": tree.num_used, "kv_tokens_evicted": tree.num_evicted,
             "kv_nodes": sum(1 for _ in tree.nodes()), "cursors": tree.num_cursors,
-            "kept_logits": len(self.engine._kept), "kept_logits_mib": round(self.engine._kept_bytes / 2**20, 1),
+            "kept_logits": len(self.engine.kept), "kept_logits_mib": round(self.engine.kept.num_bytes / 2**20, 1),
             **traced,
         }  # fmt: skip
 

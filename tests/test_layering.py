@@ -29,6 +29,7 @@ _LAYERS = [
     ("raindecode.progress", 5),
     ("raindecode.settings", 5),
     ("raindecode.types", 5),
+    ("raindecode.mixture", 0),
     ("raindecode.env", 0),
     ("raindecode.errors", 0),
     ("rainkernels", -10),

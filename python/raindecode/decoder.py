@@ -5,17 +5,21 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raindecode import testbed
+from raindecode.engine.adapter import load_adapter
 from raindecode.engine.branch import Ledger
 from raindecode.engine.engine import Engine, Task
 from raindecode.engine.exact import ExactMode
 from raindecode.engine.loader import build_engine, load_pretrained
+from raindecode.engine.vocabulary import check_same_tokenizer, shared_vocab_size
 from raindecode.errors import ConfigError, ModelError, PromptError
+from raindecode.mixture import Mix
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
 from raindecode.progress import ProgressDisplay
@@ -37,6 +41,9 @@ class Decoder:
     Args:
         model: a decoder-only transformers model in eval mode; its attention implementation is switched.
         tokenizer: its tokenizer.
+        adapters: aligned models that are LoRA adapters on `model`: PEFT folders or hub ids. They share its weights.
+        aligned: aligned models that are whole models, each with its tokenizer, which must be the same as `tokenizer`.
+            Policy(dera=DeRa(...)) mixes them with `model`: adapters first, then these; without it `model` answers alone.
         name: what to call it in reports.
         format: how plain prompts are written for it when neither policy nor search says; None feeds them as they are.
         kv_tokens: capacity of the KV pool in tokens; None sizes it from memory.
@@ -47,6 +54,8 @@ class Decoder:
 
     Raises:
         UnsupportedModelError: the architecture cannot be served; the message names it and the reason.
+        AdapterError: an adapter is of a kind that cannot be served, or for another base.
+        VocabularyError: an aligned model has other tokens.
         ConfigError: a setting lies outside what is allowed.
     """
 
@@ -55,6 +64,8 @@ class Decoder:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        adapters: Sequence[str] = (),
+        aligned: Sequence[tuple[PreTrainedModel, PreTrainedTokenizerBase]] = (),
         name: str = "model",
         format: ChatFormat | None = None,
         kv_tokens: int | None = None,
@@ -73,9 +84,18 @@ class Decoder:
         self.format = format
         self.engine: Engine
         self.exact: ExactMode
+        for other, other_tokenizer in aligned:
+            if not isinstance(other, PreTrainedModel):
+                raise ModelError(f"an aligned model is a {type(other).__name__}; give a transformers PreTrainedModel")
+            if other.device != model.device:
+                raise ModelError(f"the aligned model is on {other.device}, the reference on {model.device}: use one device")
+            check_same_tokenizer(tokenizer, other_tokenizer, name=_called(other))
+        everyone = [model, *(other for other, _ in aligned)]
         self.engine, self.exact = build_engine(
-            model, kv_tokens=kv_tokens, exact=exact, max_tasks=max_concurrent, cuda_graphs=cuda_graphs
-        )
+            model, adapters=[load_adapter(path, model) for path in adapters], aligned=everyone[1:],
+            vocab_size=_shared_vocabulary(tokenizer, everyone) if adapters or aligned else None,
+            kv_tokens=kv_tokens, exact=exact, max_tasks=max_concurrent, cuda_graphs=cuda_graphs,
+        )  # fmt: skip
         self.codec = Codec(tokenizer, _eos_ids(model, tokenizer))
 
     @classmethod
@@ -83,6 +103,8 @@ class Decoder:
         cls,
         model: str = "testbed",
         *,
+        adapter: str | Sequence[str] = (),
+        aligned: str | Sequence[str] = (),
         device: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         trust_remote_code: bool = False,
@@ -91,6 +113,8 @@ class Decoder:
         """Load "testbed" (the embedded model), a local folder, or a hub id.
 
         Args:
+            adapter: aligned models that are LoRA adapters on `model`: "testbed", PEFT folders, or hub ids.
+            aligned: aligned models that are whole models: folders or hub ids.
             device: "cpu", "cuda", "cuda:1"; None takes the GPU when there is one.
             dtype: None takes float32 on a CPU and bfloat16 on a GPU.
             options: passed to the constructor.
@@ -106,16 +130,27 @@ class Decoder:
         if dtype is not None and dtype not in _DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
         number_type = _DTYPES[dtype] if dtype else (torch.float32 if place.type == "cpu" else torch.bfloat16)
-        path = str(testbed.WEIGHTS) if model == "testbed" else model
-        loaded, tokenizer = load_pretrained(path, device=place, dtype=number_type, trust_remote_code=trust_remote_code)
+        def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+            path = str(testbed.WEIGHTS) if name == "testbed" else name
+            return load_pretrained(path, device=place, dtype=number_type, trust_remote_code=trust_remote_code)
+
+        names = as_strings("adapter", [adapter] if isinstance(adapter, str) else adapter)
+        adapters = [str(testbed.ADAPTER) if path == "testbed" else path for path in names]
+        loaded, tokenizer = load(model)
+        others = [load(name) for name in as_strings("aligned", [aligned] if isinstance(aligned, str) else aligned)]
         if model == "testbed":
             options.setdefault("format", RAIN.preset("town").format)
-        return cls(loaded, tokenizer, name=model, **options)
+        return cls(loaded, tokenizer, name=model, adapters=adapters, aligned=others, **options)
 
     @property
     def context_length(self) -> int:
-        """Tokens the model was made for, prompt and answer together."""
-        return _context_length(self.engine.runner.model.config.get_text_config())
+        """Tokens every model was made for, prompt and answer together."""
+        return min(_context_length(runner.model.config.get_text_config()) for runner in self.engine.runners)
+
+    @property
+    def num_models(self) -> int:
+        """The reference and its aligned models."""
+        return len(self.engine.models)
 
     @property
     def dtype(self) -> str:
@@ -127,7 +162,7 @@ class Decoder:
         prompts: Prompt | Sequence[Prompt],
         *,
         search: Sampling | RAIN | None = None,
-        policy: Policy | None = None,
+        policy: Policy | Sequence[Policy] | None = None,
         max_new_tokens: int = 256,
         seed: int | Sequence[int] = 0,
         stop: Sequence[str] = (),
@@ -142,6 +177,7 @@ class Decoder:
         Args:
             prompts: one prompt or many; text, or token ids fed as they are.
             search: Sampling() by default, or RAIN.
+            policy: of every prompt, or one each: the prompt's format, and how the decoder's models are mixed.
             max_new_tokens: limit of each answer.
             seed: of every prompt, or one each. An answer depends on its own prompt and seed only (exact mode), so give
                 different seeds to sample one prompt several times.
@@ -183,7 +219,7 @@ class Decoder:
         prompts: Prompt | Sequence[Prompt],
         *,
         search: Sampling | RAIN | None = None,
-        policy: Policy | None = None,
+        policy: Policy | Sequence[Policy] | None = None,
         max_new_tokens: int = 256,
         seed: int | Sequence[int] = 0,
         stop: Sequence[str] = (),
@@ -194,8 +230,6 @@ class Decoder:
             raise PromptError(
                 f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, or a list of these"
             )
-        if policy is not None and not isinstance(policy, Policy):
-            raise ConfigError(f"policy is a {type(policy).__name__}; give a Policy")
         if search is not None and not isinstance(search, (Sampling, RAIN)):
             raise ConfigError(f"search is a {type(search).__name__}; give Sampling() or RAIN")
         require_whole("max_new_tokens", max_new_tokens, 1)
@@ -209,12 +243,19 @@ class Decoder:
             raise ConfigError(
                 f"{len(seeds)} seeds were given for {len(every)} prompts; give one seed, or one per prompt"
             )
-        format = self._format(search, policy)
-        stops = as_strings("stop", stop) + (() if format is None else format.stop)
+        policies = list(policy) if isinstance(policy, Sequence) else [Policy() if policy is None else policy] * len(every)
+        if len(policies) != len(every):
+            raise ConfigError(
+                f"{len(policies)} policies were given for {len(every)} prompts; give one policy, or one per prompt"
+            )
+        stops = as_strings("stop", stop)
         return [
-            self._request(prompt, i, format, max_new_tokens, seeds[i], stops, frozenset(stop_ids))
+            self._request(
+                prompt, i, self._format(search, policies[i]), max_new_tokens, seeds[i], stops, frozenset(stop_ids),
+                self._mix(search, policies[i]),
+            )
             for i, prompt in enumerate(every)
-        ]
+        ]  # fmt: skip
 
     def stream(
         self,
@@ -266,14 +307,27 @@ class Decoder:
         )
         return Task(search.search(context), ledger, tag=index)
 
+    @property
+    def _vocabulary(self) -> int:
+        """Ids that every model has an embedding for."""
+        return min(runner.model.config.get_text_config().vocab_size for runner in self.engine.runners)
+
     def _known_ids(self, name: str, ids: tuple[int, ...]) -> tuple[int, ...]:
-        vocabulary = self.engine.runner.model.config.get_text_config().vocab_size
+        vocabulary = self._vocabulary
         if any(t >= vocabulary for t in ids):
             raise ConfigError(f"{name} holds {list(ids)}; allowed: ids of this vocabulary, 0 to {vocabulary - 1}")
         return ids
 
-    def _format(self, search: Sampling | RAIN | None, policy: Policy | None) -> ChatFormat | None:
-        if policy is not None and policy.prompt is not None:
+    def _mix(self, search: Sampling | RAIN | None, policy: Policy) -> Mix:
+        if policy.dera is None:
+            return Mix((1.0,) + (0.0,) * (self.num_models - 1))
+        mix = policy.dera.mix(self.num_models)
+        return replace(mix, stats=False) if isinstance(search, RAIN) else mix  # RAIN's answers are not measured
+
+    def _format(self, search: Sampling | RAIN | None, policy: object) -> ChatFormat | None:
+        if not isinstance(policy, Policy):
+            raise ConfigError(f"policy is a {type(policy).__name__}; give a Policy, or one per prompt")
+        if policy.prompt is not None:
             return policy.prompt
         if isinstance(search, RAIN) and search.format is not None:
             return search.format
@@ -281,7 +335,7 @@ class Decoder:
 
     def _request(
         self, prompt: Prompt, index: int, format: ChatFormat | None, max_new_tokens: int, seed: int,
-        stops: tuple[str, ...], stop_ids: frozenset[int],
+        stops: tuple[str, ...], stop_ids: frozenset[int], mix: Mix,
     ) -> Request:  # fmt: skip
         where = f"prompt {index}"
         if isinstance(prompt, str):
@@ -297,7 +351,7 @@ class Decoder:
             ids = self.codec.encode(text)
         else:
             ids = _token_ids(prompt, where)
-            vocabulary = self.engine.runner.model.config.get_text_config().vocab_size
+            vocabulary = self._vocabulary
             if not ids or any(not 0 <= t < vocabulary for t in ids):
                 raise PromptError(
                     f"{where} has {len(ids)} token ids; allowed: at least one, each from 0 to {vocabulary - 1}"
@@ -311,7 +365,8 @@ class Decoder:
             )
         if not is_whole(seed) or not 0 <= seed < 2**64:
             raise ConfigError(f"seed is {seed!r}; allowed: a whole number from 0 to 2**64 - 1")
-        return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids)
+        stops += () if format is None else format.stop
+        return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids, mix)
 
 
 def _both(
@@ -327,6 +382,15 @@ def _both(
         given(index, tokens, iterations)
 
     return report
+
+
+def _called(model: PreTrainedModel) -> str:
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def _shared_vocabulary(tokenizer: PreTrainedTokenizerBase, models: Sequence[PreTrainedModel]) -> int:
+    widths = [model.config.get_text_config().vocab_size for model in models]
+    return shared_vocab_size(tokenizer, widths, [_called(model) for model in models])
 
 
 def _token_ids(prompt: object, where: str) -> list[int]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from raindecode.mixture import SINGLE, MeasuredAnswer, Mix
+
 FinishReason = Literal["eos", "stop", "length"]
 
 
@@ -23,7 +25,8 @@ class Stats:
 
     Attributes:
         model_steps: batched forwards the request took part in.
-        tokens_processed: distinct token prefixes it had evaluated, whatever was cached or shared.
+        tokens_processed: distinct token prefixes it had evaluated, whatever was cached or shared; each once per model of its
+            mixture.
         tokens_charged: rows run for it.
         kv_tokens_peak: most KV tokens its branches held together.
         iterations: RAIN search iterations.
@@ -50,6 +53,7 @@ class Completion:
         token_ids: every generated token that counts towards the answer, the one that ended it included.
         finish_reason: "eos", "stop" (a stop string or stop token) or "length".
         logprobs: per token, when asked for.
+        mixture: plain sampling with DeRa(stats=True): the mixture at every token.
         value: RAIN: the mean evaluator score of the last chosen set, in [-1, 1].
         tree: RAIN: the search trees as plain data, when asked for.
     """
@@ -61,6 +65,7 @@ class Completion:
     seed: int
     stats: Stats
     logprobs: list[TokenLogprob] | None = None
+    mixture: MeasuredAnswer | None = None
     value: float | None = None
     tree: list[dict[str, Any]] | None = None
 
@@ -77,6 +82,7 @@ class Request:
         prompt: user text as given.
         prompt_text: what the model is fed (few-shot prefix and turn markers added).
         prompt_ids: its token ids.
+        mix: the models it is answered by.
         seed: names the random numbers; same request and seed, same answer (exact mode).
         stop: strings that end the answer, besides those of the search.
     """
@@ -88,3 +94,4 @@ class Request:
     seed: int
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
+    mix: Mix = SINGLE

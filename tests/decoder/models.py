@@ -15,7 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from raindecode.decoder import Decoder
 from raindecode.engine.branch import Branch, Ledger
-from raindecode.engine.engine import Engine, LogitsRow, Task
+from raindecode.engine.engine import Engine, Task
+from raindecode.engine.logit_rows import HostRow
 from raindecode.engine.rng import name_draw
 from raindecode.engine.sampler import Filter
 from raindecode.engine.types import Draw, Search, Want
@@ -137,10 +138,10 @@ def stock_copy(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def stock_row(model: PreTrainedModel, path: Sequence[int]) -> LogitsRow:
+def stock_row(model: PreTrainedModel, path: Sequence[int]) -> HostRow:
     """Plain transformers: logits after `path`, alone in its batch and without a cache."""
     with torch.inference_mode():
-        row: LogitsRow = model(input_ids=torch.tensor([list(path)]), use_cache=False).logits[0, -1].float().numpy()
+        row: HostRow = model(input_ids=torch.tensor([list(path)]), use_cache=False).logits[0, -1].float().numpy()
     return row
 
 
@@ -159,15 +160,15 @@ def run_alone(engine: Engine, search: Callable[[Ledger], Generator[Any, Any, Any
     return task.result
 
 
-def logits_after(engine: Engine, paths: Sequence[Sequence[int]]) -> list[LogitsRow]:
+def logits_after(engine: Engine, paths: Sequence[Sequence[int]]) -> list[HostRow]:
     """Logits after every path, all wanted in one step; the cache is left as it is."""
 
-    def search(ledger: Ledger) -> Generator[Any, Any, list[LogitsRow]]:
+    def search(ledger: Ledger) -> Generator[Any, Any, list[HostRow]]:
         branches: list[Branch] = [engine.open(ledger, path) for path in paths]
         answers = yield [Want(branch, logits=True) for branch in branches]
         return [answer.logits for answer in answers]
 
-    rows: list[LogitsRow] = run_alone(engine, search)
+    rows: list[HostRow] = run_alone(engine, search)
     return rows
 
 

@@ -24,7 +24,7 @@ from models import (
 
 from raindecode.decoder import Decoder
 from raindecode.engine.branch import Ledger
-from raindecode.engine.engine import LogitsRow
+from raindecode.engine.logit_rows import HostRow
 from raindecode.engine.loader import build_engine, load_pretrained
 from raindecode.engine.types import Want
 from raindecode.errors import ModelError, UnsupportedModelError
@@ -52,7 +52,7 @@ def test_logits_equal_plain_transformers(family: str) -> None:
         random_tokens(70, 8),
     ]
 
-    def search(ledger: Ledger) -> Generator[Any, Any, list[LogitsRow]]:
+    def search(ledger: Ledger) -> Generator[Any, Any, list[HostRow]]:
         rows = []
         for paths in (first, second):
             answers = yield [Want(engine.open(ledger, path), logits=True) for path in paths]
@@ -86,7 +86,7 @@ def test_bfloat16_is_served_within_its_own_error() -> None:
     assert mode == "off"
     path = random_tokens(60, 1)
 
-    def search(ledger: Ledger) -> Generator[Any, Any, LogitsRow]:
+    def search(ledger: Ledger) -> Generator[Any, Any, HostRow]:
         (answer,) = yield [Want(engine.open(ledger, path), logits=True)]
         return answer.logits
 

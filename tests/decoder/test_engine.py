@@ -11,7 +11,7 @@ import torch
 from models import logits_after, random_tokens, run_alone, stock_copy, stock_row, task, tiny_decoder, tiny_model, writes
 from transformers import PreTrainedModel
 
-from raindecode.engine import engine as engine_module
+from raindecode.engine import logit_rows
 from raindecode.engine.branch import Ledger
 from raindecode.engine.engine import Engine
 from raindecode.engine.loader import build_engine
@@ -115,7 +115,7 @@ def test_a_kept_row_is_not_run_again(engine: Engine, sizes: list[int]) -> None:
 
 
 def test_kept_rows_give_way_without_harm(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "_KEPT_BYTES", 1)
+    monkeypatch.setattr(logit_rows, "_KEPT_BYTES", 1)
     paths = [random_tokens(4, seed) for seed in range(6)]
 
     def search(ledger: Ledger) -> Search:

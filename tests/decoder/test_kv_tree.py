@@ -305,7 +305,7 @@ class AnyTree(RuleBasedStateMachine):
         for index, tokens, reserve, pools, last in wants:
             one = self.pick(index)
             try:
-                rows = self.tree.extend(one.cursor, tokens, reserve=reserve, pools=pools, last=last)
+                rows = self.tree.extend(one.cursor, tokens, reserve=reserve, pools=pools, last=pools if last else 0)
             except OutOfSlots:
                 assert self.tree.num_free < len(tokens)
                 assert not self.evictable()
@@ -318,7 +318,7 @@ class AnyTree(RuleBasedStateMachine):
             for row in rows:
                 assert row.token == one.path[row.position]
                 for bit in (1, 2):
-                    if pools & bit:
+                    if row.pools & bit:
                         written[bit][row.slot] = (one.namespace, tuple(one.path[: row.position + 1]))
         if fails:
             self.tree.rollback()

@@ -119,8 +119,9 @@ def test_nothing_of_a_finished_request_stays(search: Sampling | RAIN, no_collect
     assert not embedder._centers
     assert tree.num_evicted > 0
     assert sum(len(node.tokens) for node in tree.nodes()) == tree.num_used <= slots
-    assert len(decoder.engine._kept) <= slots // 4
-    assert decoder.engine._kept_bytes == sum(row.nbytes for row in decoder.engine._kept.values())
+    kept = decoder.engine.kept
+    assert len(kept) <= slots // 4
+    assert kept.num_bytes == sum(row.nbytes for row in kept._rows.values())
 
 
 # ---- cancelling -------------------------------------------------------------------------------------------------------

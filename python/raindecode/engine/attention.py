@@ -66,13 +66,18 @@ class AttentionOptions:
 
 @dataclass
 class TreeContext:
-    """What travels through `model(tree=...)` to the attention of every layer."""
+    """What travels through `model(tree=...)` to the attention of every layer.
+
+    Rows of several members of one model (the bare model, an adapter on it) follow each other in a forward, each attending
+    over its own pool: `more` holds the contexts of the members behind the first.
+    """
 
     pool: KVPool
     slot_mapping: Tensor  # [T] int32
     plan: AttentionPlan
     layers: dict[int, AttentionOptions] = field(default_factory=dict)  # of every layer that came by
     buffers: AttentionBuffers | None = None  # that hold `plan`, where the forward is captured
+    more: tuple[TreeContext, ...] = ()
 
 
 # For the few model files that drop unknown keyword arguments on their way down.
@@ -125,6 +130,17 @@ def rain_tree_attention(
 
 def attend(index: int, q: Tensor, k: Tensor, v: Tensor, context: TreeContext, options: AttentionOptions) -> Tensor:
     """Write the K/V of a step to layer `index` of the pool and attend over the tree: [T, heads, head_dim] in and out."""
+    if not context.more:
+        return _attend_part(index, q, k, v, context, options)
+    parts = (context, *context.more)
+    sizes = [len(part.slot_mapping) for part in parts]
+    rows = zip(parts, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    return torch.cat([_attend_part(index, *own, part, options) for part, *own in rows])
+
+
+def _attend_part(
+    index: int, q: Tensor, k: Tensor, v: Tensor, context: TreeContext, options: AttentionOptions
+) -> Tensor:
     k_pool, v_pool = context.pool.layer(index, k, v)
     kv_write(k, v, k_pool, v_pool, context.slot_mapping)
     return tree_attention(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +41,13 @@ class TokenBatch:
     @property
     def num_rows(self) -> int:
         return self.input_ids.shape[1]
+
+
+class Part(NamedTuple):
+    """Rows of one forward: `member` 0 is the model as it is, member i the model with its adapter i - 1."""
+
+    member: int
+    batch: TokenBatch
 
 
 class _Segments:

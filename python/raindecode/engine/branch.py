@@ -6,13 +6,18 @@ from collections.abc import Hashable, Sequence
 
 from raindecode.engine.kv_tree import Cursor, KVTree, Node
 from raindecode.engine.rng import mix
+from raindecode.mixture import SINGLE, Mix
+
+
+_SALT = 0x51A7  # names a path run by another model than the first
 
 
 class Ledger:
     """Exact, machine-independent accounts of one request.
 
     Attributes:
-        tokens_processed: distinct token prefixes the request had run; independent of batch-mates and of what was cached.
+        tokens_processed: distinct token prefixes the request had run, each once per model of its mixture; independent of
+            batch-mates and of what was cached.
         tokens_charged: rows actually run on its behalf.
         model_steps: forwards it took part in.
         kv_tokens_peak: the largest number of KV tokens its branches were seen to hold together (see `measure`).
@@ -104,13 +109,21 @@ class Branch:
         hash: 128-bit hash of the namespace and every token, pending ones included.
         length: number of tokens, pending ones included.
         reserve: slots to keep in one run when the branch starts a new one.
+        mix: the distribution after it.
+        models: bit mask of the models that run its tokens.
     """
 
-    __slots__ = ("_hashes", "cursor", "hash", "ledger", "length", "pending", "reserve", "tree")
+    __slots__ = (
+        "_hashes", "cursor", "hash", "ledger", "length", "mix", "models", "pending", "reserve", "tree",
+    )  # fmt: skip
 
-    def __init__(self, tree: KVTree, ledger: Ledger, cursor: Cursor, path_hash: int, length: int) -> None:
+    def __init__(
+        self, tree: KVTree, ledger: Ledger, cursor: Cursor, path_hash: int, length: int, mixed: Mix, models: int
+    ) -> None:
         self.tree = tree
         self.ledger = ledger
+        self.mix = mixed
+        self.models = models
         self.cursor: Cursor | None = cursor
         self.hash = path_hash
         self.length = length
@@ -120,29 +133,38 @@ class Branch:
         ledger.branches.add(self)
 
     @classmethod
-    def open(cls, tree: KVTree, ledger: Ledger, tokens: Sequence[int], namespace: Hashable = None) -> Branch:
+    def open(
+        cls, tree: KVTree, ledger: Ledger, tokens: Sequence[int], namespace: Hashable = None, mixed: Mix = SINGLE
+    ) -> Branch:
         """A new branch of `tokens` in `namespace`. Cached prefixes are found when it first runs."""
         seed = 0
         for byte in repr(namespace).encode():  # not hash(): that changes from process to process
             seed = mix(seed, byte)
-        branch = cls(tree, ledger, tree.root(namespace), seed, 0)
+        branch = cls(tree, ledger, tree.root(namespace), seed, 0, mixed, mixed.models)
         branch.append(tokens)
         return branch
 
     def fork(self, *, reserve: int = 0, ledger: Ledger | None = None) -> Branch:
         """A second branch with the same tokens, of the same ledger unless another is given. Copies no K/V."""
-        other = Branch(self.tree, ledger or self.ledger, self.tree.fork(self.live()), self.hash, self.length)
+        at = self.tree.fork(self.live())
+        other = Branch(self.tree, ledger or self.ledger, at, self.hash, self.length, self.mix, self.models)
         other.pending = list(self.pending)
         other._hashes = list(self._hashes)
         other.reserve = reserve
         return other
 
     def append(self, tokens: Sequence[int]) -> list[int]:
-        """Add tokens to the path; the hashes of the path after each. Nothing runs yet."""
+        """Add tokens to the path; names of what a ledger counts when they run. Nothing runs yet.
+
+        A name is the hash of the path, and where another model than the first runs it, one with the model mixed in.
+        """
         state, hashes = self.hash, []
         for token in tokens:
             state = mix(state, token + 1)
-            hashes.append(state)
+            if self.models & 1:
+                hashes.append(state)
+            if self.models > 1:
+                hashes += [mix(state, _SALT + m) for m in range(1, self.models.bit_length()) if self.models >> m & 1]
         self._hashes += hashes
         self.pending.extend(tokens)
         self.hash = state

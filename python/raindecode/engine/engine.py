@@ -9,34 +9,32 @@ requests share the forward.
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from raindecode.engine import sampler
-from raindecode.engine.batch import build_batches
+from raindecode.engine.answers import Answers
 from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
+from raindecode.engine.forward import plan_forwards
+from raindecode.engine.logit_rows import KeptRows, LogitRow, Logits
 from raindecode.engine.model_runner import ModelRunner
-from raindecode.engine.sampler import Drawn
-from raindecode.engine.types import Draw, Got, HostCall, Search, Want, Yielded
-from raindecode.errors import CapacityError, NumericError, RainDecodeError, RequestCancelled
+from raindecode.engine.types import Got, HostCall, Search, Want, Yielded
+from raindecode.errors import CapacityError, RainDecodeError, RequestCancelled
+from raindecode.mixture import SINGLE, Mix
 
 # Every engine alive, so that a test can assert that no request left a slot behind.
 LIVE_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
-_KEPT_BYTES = 256 * 2**20  # rows of logits held for Want.keep,
-_KEPT_SHARE = 4  # and one for so many slots: a row whose tokens were evicted is of no use
 
-LogitsRow = npt.NDArray[np.float32]
+StepRows = dict[tuple[int, int], LogitRow]  # by slot and model
 
 
 class Task:
@@ -76,29 +74,56 @@ class Task:
 
 @dataclass
 class _Plan:
-    """Rows of one step, and for every planned want the task, its index, the slot of its last token, and its kept logits."""
+    """Rows of one step by slot, and for every planned want the task, its index, the slot of its last token, and its kept
+    logits by model.
+    """
 
     rows: dict[int, Row] = field(default_factory=dict)
-    served: list[tuple[Task, int, int, LogitsRow | None]] = field(default_factory=list)
+    served: list[tuple[Task, int, int, dict[int, LogitRow]]] = field(default_factory=list)
     charged: dict[Task, int] = field(default_factory=dict)
     forwards: int = 0
 
+    def add(self, rows: Iterable[Row]) -> int:
+        """Plan rows; how many times a model has to run one that it was not planned to."""
+        added = 0
+        for row in rows:
+            there = self.rows.get(row.slot)
+            if there is None:
+                self.rows[row.slot] = row
+                added += 1 if row.pools == 1 else row.pools.bit_count()
+            elif row.pools & ~there.pools:
+                added += (row.pools & ~there.pools).bit_count()
+                self.rows[row.slot] = row._replace(pools=row.pools | there.pools)
+        return added
+
 
 class Engine:
-    """Runs searches over one model.
+    """Runs searches over one or several models.
 
     Args:
-        runner: the model behind the tree.
-        tree: slots; must have as many as the runner's pool.
+        runner: the model behind the tree; or several, the reference first. Each brings the adapters it was given.
+        tree: slots; must have as many as the runners' pools.
         max_tasks: requests advanced together; others wait.
         max_rows: tokens of one forward; longer steps are cut into several.
         pad_rows: in the padded exact mode, the fixed row count of every forward; 0 for none.
+        vocab_size: ids that exist in every model, for mixtures; None takes the smallest vocabulary.
+    Attributes:
+        models: runner and member, of every model a Mix weighs: the first runner with its adapters, then the next.
     """
 
     def __init__(
-        self, runner: ModelRunner, tree: KVTree, *, max_tasks: int = 32, max_rows: int = 1024, pad_rows: int = 0
+        self,
+        runner: ModelRunner | Sequence[ModelRunner],
+        tree: KVTree,
+        *,
+        max_tasks: int = 32,
+        max_rows: int = 1024,
+        pad_rows: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
-        self.runner = runner
+        self.runners = (runner,) if isinstance(runner, ModelRunner) else tuple(runner)
+        self.runner = self.runners[0]
+        self.models = [(one, member) for one in self.runners for member in range(one.num_members)]
         self.tree = tree
         self.max_tasks = max_tasks
         self.max_rows = pad_rows or max_rows
@@ -106,8 +131,8 @@ class Engine:
         self.model_steps = 0
         self._running: list[Task] = []
         self._waiting: deque[Task] = deque()
-        self._kept: OrderedDict[int, LogitsRow] = OrderedDict()
-        self._kept_bytes = 0
+        smallest = min(one.model.config.get_text_config().vocab_size for one in self.runners)
+        self._answers = Answers(vocab_size or smallest, tree.num_slots)
         self._stepping = False
         LIVE_ENGINES.add(self)
 
@@ -121,9 +146,14 @@ class Engine:
         """Queue a task. It starts when fewer than `max_tasks` run."""
         self._waiting.append(task)
 
-    def open(self, ledger: Ledger, tokens: Sequence[int]) -> Branch:
-        """A branch of `tokens`; nothing runs yet."""
-        return Branch.open(self.tree, ledger, tokens)
+    @property
+    def kept(self) -> KeptRows:
+        """Rows of logits held for searches that come back to them."""
+        return self._answers.kept
+
+    def open(self, ledger: Ledger, tokens: Sequence[int], mixed: Mix = SINGLE) -> Branch:
+        """A branch of `tokens`, the distribution after it `mixed`; nothing runs yet."""
+        return Branch.open(self.tree, ledger, tokens, mixed=mixed)
 
     def run(self, tasks: Iterable[Task]) -> Generator[Task, None, None]:
         """Run tasks to the end, yielding each as it finishes. Closing the iterator cancels what is left."""
@@ -162,13 +192,13 @@ class Engine:
             try:
                 self._plan(plan, ended)
                 planned = time.perf_counter()
-                logits = self._forward(plan)
+                found = self._forward(plan)
             except BaseException:
                 self._abandon(plan)
                 raise
             self.tree.commit()
             ran = time.perf_counter()
-            ready = self._answer(plan, logits)
+            ready = self._answer(plan, found)
             self._book(plan, {"plan": planned - started, "model": ran - planned, "sample": time.perf_counter() - ran})
             return ended + self._resume(ready)
 
@@ -235,90 +265,76 @@ class Engine:
             branch = want.branch
             cursor = branch.live()
             tokens: Sequence[int] = branch.pending
-            kept = self._kept.get(branch.hash) if want.needs_logits else None
-            again = want.needs_logits and kept is None
+            kept: dict[int, LogitRow] = {}
+            again = 0
+            if want.needs_logits:
+                kept = self._answers.kept_rows(branch)
+                again = branch.models & ~sum(1 << model for model in kept)
             if again and not tokens and cursor.length:
                 tokens = [cursor.node.tokens[cursor.offset - 1]]
                 self.tree.rewind(cursor, 1)
             try:
-                rows = self.tree.extend(cursor, tokens, reserve=branch.reserve, last=again)
+                rows = self.tree.extend(cursor, tokens, reserve=branch.reserve, pools=branch.models, last=again)
             except OutOfSlots:
                 return False
             branch.account()
             branch.settle()
-            fresh = [row for row in rows if row.slot not in plan.rows]
-            plan.rows.update((row.slot, row) for row in fresh)
-            plan.charged[task] = plan.charged.get(task, 0) + len(fresh)
+            plan.charged[task] = plan.charged.get(task, 0) + plan.add(rows)
             plan.served.append((task, i, cursor.node.slots[cursor.offset - 1] if cursor.length else -1, kept))
         return True
 
-    def _forward(self, plan: _Plan) -> dict[int, LogitsRow]:
-        """Run the planned rows; host logits by slot for the wants that need them."""
-        wanted = {slot for task, i, slot, _ in plan.served if task.wants[i].needs_logits and slot in plan.rows}
-        logits: dict[int, LogitsRow] = {}
-        for batch in build_batches(plan.rows.values(), self.max_rows, self.pad_rows):
-            slots = [slot for slot in batch.row_of_slot if slot in wanted]
-            out = self.runner.forward(batch, [batch.row_of_slot[slot] for slot in slots])
+    def _forward(self, plan: _Plan) -> StepRows:
+        """Run the planned rows; logits by slot and model for the wants that need them."""
+        wanted: dict[int, int] = {}
+        for task, i, slot, kept in plan.served:
+            if task.wants[i].needs_logits:
+                lacking = task.wants[i].branch.models & ~sum(1 << model for model in kept)
+                wanted[slot] = wanted.get(slot, 0) | lacking
+        found: StepRows = {}
+        for forward in plan_forwards(self.models, plan.rows.values(), self.max_rows, self.pad_rows):
+            names: list[tuple[int, int]] = []
+            wanted_rows: list[list[int]] = []
+            for part, model in zip(forward.parts, forward.models, strict=True):
+                rows = [(slot, row) for slot, row in part.batch.row_of_slot.items() if wanted.get(slot, 0) >> model & 1]
+                names += [(slot, model) for slot, _ in rows]
+                wanted_rows.append([row for _, row in rows])
+            logits = Logits(forward.run(wanted_rows))
             self.model_steps += 1
             plan.forwards += 1
-            if slots:
-                logits.update(zip(slots, sampler.rows_to_host(out), strict=True))
-        return logits
+            found.update((name, LogitRow(logits, i)) for i, name in enumerate(names))
+        return found
 
-    def _answer(self, plan: _Plan, logits: dict[int, LogitsRow]) -> list[tuple[Task, Any]]:
+    def _answer(self, plan: _Plan, found: StepRows) -> list[tuple[Task, Any]]:
         """Draw what was wanted; the tasks whose wants are all answered, with what to send them."""
-        rows = [logits.get(slot, kept) for _, _, slot, kept in plan.served]
-        drawn = iter(
-            self._draw([(d, r) for (t, i, *_), r in zip(plan.served, rows, strict=True) for d in t.wants[i].draws])
-        )
-        failed: dict[Task, BaseException] = {}
-        for (task, i, *_), row in zip(plan.served, rows, strict=True):
+        ready: list[tuple[Task, Any]] = []
+        asked = []
+        for task, i, slot, kept in plan.served:
             want = task.wants[i]
-            mine = [next(drawn) for _ in want.draws]
-            try:
-                task.answers[i] = self._got(want, row, mine)
-            except Exception as error:  # NaN logits, an id outside the vocabulary: only this request ends
-                failed[task] = error
-        ready: list[tuple[Task, Any]] = list(failed.items())
+            rows = [found.get((slot, model)) or kept.get(model) for model in range(len(self.models))]
+            asked.append((want, rows if want.needs_logits else ()))
+        answers = self._answers.answer(asked)
+        failed: dict[Task, BaseException] = {}
+        for (task, i, *_), answer in zip(plan.served, answers, strict=True):
+            if isinstance(answer, Exception):  # NaN logits, an id outside the vocabulary: only this request ends
+                failed.setdefault(task, answer)
+                continue
+            want = task.wants[i]
+            if want.pool_from:
+                answer.pooled = self._mean_states(want)
+            task.answers[i] = answer
+        ready += failed.items()
         for task in dict.fromkeys(task for task, *_ in plan.served):
             if task not in failed and all(answer is not None for answer in task.answers):
                 ready.append((task, task.answers))
         return ready
 
-    def _draw(self, draws: Sequence[tuple[Draw, LogitsRow | None]]) -> Sequence[Drawn | Exception]:
-        """All draws of a step; where one cannot be made, its error."""
-        numbers = sampler.uniforms([d.key for d, _ in draws], [d.counter for d, _ in draws]) if draws else ()
-        requests: list[sampler.DrawRequest] = []
-        for (d, row), number in zip(draws, numbers, strict=True):
-            assert row is not None
-            requests.append(sampler.DrawRequest(row, d.shape, None if d.greedy else number, d.context, d.logprob))
-        try:
-            return sampler.draw_all(requests)
-        except Exception:  # one by one, so that only the request at fault ends
-            return [_drawn_or_error(request) for request in requests]
-
-    def _got(self, want: Want, row: LogitsRow | None, drawn: Sequence[Drawn | Exception]) -> Got:
-        got = Got()
-        if want.needs_logits:
-            assert row is not None
-            for one in drawn:
-                if isinstance(one, Exception):
-                    raise one
-                got.drawn.append(one)
-            if want.top:
-                got.top_ids, got.top_probs = sampler.top_probs(row, want.top)
-            got.gathered = [float(row[i]) for i in want.gather]
-            if any(math.isnan(value) for value in got.gathered):
-                raise NumericError("a row of logits holds NaN: the model produced no number")
-            got.logits = row if want.logits else None
-            if want.keep:
-                self._keep(want.branch.hash, row)
-        if want.pool_from:
-            first = want.pool_from[0]
-            slots = np.array(self.tree.slots(want.branch.live())[first:], dtype=np.int64)
-            starts = [at - first for at in want.pool_from]
-            got.pooled = self.runner.mean_hidden(torch.from_numpy(slots).to(self.runner.device), starts).cpu()
-        return got
+    def _mean_states(self, want: Want) -> Tensor:
+        """What `Want.pool_from` asks for, of the first model that takes part."""
+        first, branch = want.pool_from[0], want.branch
+        runner, member = self.models[branch.mix.first]
+        slots = np.array(self.tree.slots(branch.live())[first:], dtype=np.int64)
+        starts = [at - first for at in want.pool_from]
+        return runner.mean_hidden(torch.from_numpy(slots).to(runner.device), starts, member).cpu()
 
     def _resume(self, ready: Sequence[tuple[Task, Any]]) -> list[Task]:
         """Send each task its answers (or throw its error) and note what it wants next; the tasks that ended."""
@@ -351,17 +367,6 @@ class Engine:
             share = rows / total if plan.rows else 1.0 / len(tasks)
             for phase, spent in seconds.items():
                 task.ledger.seconds[phase] = task.ledger.seconds.get(phase, 0.0) + spent * share
-
-    def _keep(self, path_hash: int, row: LogitsRow) -> None:
-        if path_hash in self._kept:
-            self._kept.move_to_end(path_hash)
-            return
-        self._kept[path_hash] = row.copy()
-        self._kept_bytes += row.nbytes
-        most = max(1, self.tree.num_slots // _KEPT_SHARE)
-        while len(self._kept) > most or (self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1):
-            _, old = self._kept.popitem(last=False)
-            self._kept_bytes -= old.nbytes
 
     def _pause(self, task: Task) -> None:
         """Take a request's slots away; it goes on, from its tokens, when others have finished."""
@@ -406,13 +411,6 @@ class Engine:
             f"{task.ledger.kv_tokens_peak} and the next step adds up to {pending}. Raise kv_tokens "
             "(Decoder.from_pretrained(..., kv_tokens=N) or --kv-tokens N), or shorten the prompt"
         )
-
-
-def _drawn_or_error(request: sampler.DrawRequest) -> Drawn | Exception:
-    try:
-        return sampler.draw_all([request])[0]
-    except Exception as error:
-        return error
 
 
 def _call_together(function: Any, tasks: Sequence[Task]) -> list[tuple[Task, Any]]:

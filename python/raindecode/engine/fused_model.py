@@ -9,24 +9,36 @@ are fused with the norms, and nothing is dispatched through modules: in float32 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from transformers import PreTrainedModel
 
+from raindecode.engine.adapter import Adapter
 from raindecode.engine.attention import AttentionOptions, KVPool, TreeContext, attend
-from raindecode.engine.batch import TokenBatch
+from raindecode.engine.batch import Part
+from raindecode.engine.fused_adapter import FusedAdapter
 from raindecode.engine.rotary import NotFusible, RotaryTable
 from raindecode.engine.snapshot import Snapshot
-from rainkernels.ops.decoder import BlockWeights, DecoderStack, LinearWeight, NormWeight, StackWeights, decoder_lane
+from rainkernels.ops.decoder import (
+    BlockWeights,
+    DecoderStack,
+    LinearWeight,
+    NormWeight,
+    StackWeights,
+    StepPart,
+    decoder_lane,
+)
 from rainkernels.ops.edits import add_edit_rmsnorm
 
 _BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+AdaptedRows: TypeAlias = "tuple[slice, FusedAdapter]"
 _SILU = {"SiLU", "SiLUActivation", "RowwiseSiLU"}
 
 
@@ -35,18 +47,22 @@ class FusedModel:
 
     Args:
         options: what every layer tells its attention.
+        adapters: of the model; rows of each may run beside those of the bare model.
 
     Raises:
         NotFusible: the model is not of this form; the message says where, and nothing has changed.
     """
 
-    def __init__(self, model: PreTrainedModel, options: dict[int, AttentionOptions]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, options: dict[int, AttentionOptions], adapters: Sequence[Adapter] = ()
+    ) -> None:
         base: Any = model.base_model
         head: Any = model.get_output_embeddings()
         if not Snapshot(model).is_plain:
             raise NotFusible("a hook listens to it, or a module has a forward of its own")
         head_dim = _check_model(base, head, options)
         final_norm = _norm(base.norm)
+        self._adapters = [FusedAdapter(adapter, model, base.layers) for adapter in adapters]
         self.rotary = RotaryTable(base.rotary_emb, model.config.get_text_config(), head_dim, model.dtype, model.device)
         self._acts = [layer.mlp.act_fn for layer in base.layers]
         self.weights = StackWeights(
@@ -60,10 +76,10 @@ class FusedModel:
         )
         self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._stack: DecoderStack | None = None
-        self._pool: KVPool | None = None  # that the stack writes to
+        self._pools: dict[int, KVPool] = {}  # that the stack writes to, by member
         in_native = model.device.type == "cpu" and model.dtype == torch.float32 and decoder_lane() == "cpu"
         if in_native and all(type(act).__name__ in _SILU for act in self._acts):
-            self._stack = DecoderStack(self.weights)
+            self._stack = DecoderStack(self.weights, [adapter.blocks for adapter in self._adapters])
         self._seen = Snapshot(model)  # after the parameters were joined
 
     @property
@@ -74,29 +90,48 @@ class FusedModel:
         """
         return self._seen.holds
 
-    def forward(self, batch: TokenBatch, context: TreeContext, wanted: Tensor, states: Tensor) -> Tensor:
-        """Run a batch.
+    def forward(
+        self, parts: Sequence[Part], contexts: Sequence[TreeContext], wanted: Tensor, states: Sequence[Tensor]
+    ) -> Tensor:
+        """Run batches of several members together.
 
         Args:
-            wanted: [n] int64 rows whose logits are wanted.
-            states: [num_slots, hidden_size]; final states, after the last norm, are written to the rows' slots.
+            contexts: of each part.
+            wanted: [n] int64 rows whose logits are wanted, over the rows of all parts.
+            states: of each part [num_slots, hidden_size]; final states, after the last norm, are written to the rows' slots.
         Returns:
             Logits [n, vocabulary].
         """
-        cos, sin = self.rotary.upto(batch.max_position)
-        ids, positions = batch.input_ids[0], batch.position_ids[0]
+        batches = [part.batch for part in parts]
+        cos, sin = self.rotary.upto(max(batch.max_position for batch in batches))
+        ids = torch.cat([batch.input_ids[0] for batch in batches])
+        positions = torch.cat([batch.position_ids[0] for batch in batches])
         if self._stack is None:
-            rows = self.final_states(ids, cos[positions], sin[positions], context)
-            states.index_copy_(0, batch.slot_mapping.long(), rows)
+            contexts[0].more = tuple(contexts[1:])
+            sizes = [batch.num_rows for batch in batches]
+            adapted = [
+                (slice(end - size, end), self._adapters[part.member - 1])
+                for part, size, end in zip(parts, sizes, accumulate(sizes), strict=True)
+                if part.member
+            ]
+            rows = self.final_states(ids, cos[positions], sin[positions], contexts[0], adapted)
+            for batch, pool, own in zip(batches, states, rows.split(sizes), strict=True):
+                pool.index_copy_(0, batch.slot_mapping.long(), own)
             return self.logits(rows, wanted)
-        if context.pool is not self._pool:
-            self._stack.set_pools(self.make_pools(context.pool))
-            self._pool = context.pool
-        return self._stack.step(ids, positions, batch.slot_mapping, context.plan, cos, sin, wanted, states=states)
+        for part, context in zip(parts, contexts, strict=True):
+            if self._pools.get(part.member) is not context.pool:
+                self._stack.set_pools(self.make_pools(context.pool), part.member)
+                self._pools[part.member] = context.pool
+        slots = torch.cat([batch.slot_mapping for batch in batches])
+        steps = [
+            StepPart(part.member, part.batch.num_rows, part.batch.plan, pool)
+            for part, pool in zip(parts, states, strict=True)
+        ]
+        return self._stack.step(ids, positions, slots, steps, cos, sin, wanted)
 
     def drop_pools(self) -> None:
         """Let go of the K/V pools of the last forward."""
-        self._pool = None
+        self._pools.clear()
         if self._stack is not None:
             self._stack.drop_pools()
 
@@ -105,7 +140,9 @@ class FusedModel:
         heads = self.weights.embedding.new_empty(0, self.weights.num_kv_heads, self.weights.head_dim)
         return [pool.layer(i, heads, heads) for i in range(len(self._acts))]
 
-    def final_states(self, ids: Tensor, cos: Tensor, sin: Tensor, context: TreeContext) -> Tensor:
+    def final_states(
+        self, ids: Tensor, cos: Tensor, sin: Tensor, context: TreeContext, adapted: Sequence[AdaptedRows] = ()
+    ) -> Tensor:
         """The blocks in operations of PyTorch and rainkernels, for every device and dtype; K/V goes to the pools.
 
         On CUDA tensors the host never waits here and reads nothing back, so that it can be captured (cuda_graph.py).
@@ -113,6 +150,7 @@ class FusedModel:
         Args:
             ids: [T] token ids.
             cos, sin: [T, head_dim] of the rows' positions, from the RotaryTable.
+            adapted: rows that an adapter applies to, with the adapter.
         Returns:
             [T, hidden_size], after the last norm.
         """
@@ -121,12 +159,18 @@ class FusedModel:
         x = embedding(ids, weights.embedding)
         residual = torch.zeros_like(x)
         for index, (block, act) in enumerate(zip(weights.blocks, self._acts, strict=True)):
-            heads = linear(_add_norm(x, residual, block.attention_norm), *block.qkv).view(
-                len(ids), -1, weights.head_dim
-            )
-            x = linear(self._attend(index, block, heads, cos, sin, context), *block.out)
-            gate, up = linear(_add_norm(x, residual, block.mlp_norm), *block.gate_up).chunk(2, dim=-1)
-            x = linear(act(gate).mul_(up), *block.down)
+
+            def product(x: Tensor, name: str, weight: LinearWeight, layer: int = index) -> Tensor:
+                y = linear(x, *weight)
+                for rows, adapter in adapted:
+                    adapter.add_(layer, name, x[rows], y[rows])
+                return y
+
+            heads = product(_add_norm(x, residual, block.attention_norm), "qkv", block.qkv)
+            heads = heads.view(len(ids), -1, weights.head_dim)
+            x = product(self._attend(index, block, heads, cos, sin, context), "out", block.out)
+            gate, up = product(_add_norm(x, residual, block.mlp_norm), "gate_up", block.gate_up).chunk(2, dim=-1)
+            x = product(act(gate).mul_(up), "down", block.down)
         return _add_norm(x, residual, weights.norm)
 
     def logits(self, states: Tensor, wanted: Tensor) -> Tensor:

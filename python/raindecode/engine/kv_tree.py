@@ -57,12 +57,13 @@ class Cursor:
 
 
 class Row(NamedTuple):
-    """One token to run: its K/V go to `slot`, and it belongs to `node`."""
+    """One token to run by the models of the bit mask `pools`: its K/V go to `slot`, and it belongs to `node`."""
 
     token: int
     position: int
     slot: int
     node: Node
+    pools: int = 1
 
 
 class KVTree:
@@ -171,14 +172,14 @@ class KVTree:
 
     # ---- growth ---------------------------------------------------------------------------------------------------
     def extend(
-        self, cursor: Cursor, tokens: Sequence[int], *, reserve: int = 0, pools: int = 1, last: bool = False
+        self, cursor: Cursor, tokens: Sequence[int], *, reserve: int = 0, pools: int = 1, last: int = 0
     ) -> list[Row]:
         """Move the cursor along `tokens`, creating what is missing, and return the rows that have to be run.
 
         Args:
             reserve: slots to keep in one run for a chain that will grow to this many new tokens.
             pools: bit mask of the KV pools that must be filled along `tokens`.
-            last: also return the row of the last token when its K/V exist already (its logits are wanted again).
+            last: mask of pools whose models run the last token again when its K/V exist already (its logits are wanted).
 
         Raises:
             OutOfSlots: not enough free or evictable slots; nothing has changed.
@@ -193,10 +194,11 @@ class KVTree:
                 self._pending = [entry for entry in self._pending if entry not in refilled]
                 self.rewind(cursor, walked)
                 raise
-        elif last and tokens and (not rows or rows[-1].slot != cursor.node.slots[cursor.offset - 1]):
+        elif last and tokens and cursor.offset <= cursor.node.ready:
             node, at = cursor.node, cursor.offset - 1
-            if at < node.ready:
-                rows.append(Row(node.tokens[at], node.start + at, node.slots[at], node))
+            if rows and rows[-1].slot == node.slots[at]:
+                last |= rows.pop().pools
+            rows.append(Row(node.tokens[at], node.start + at, node.slots[at], node, last))
         return rows
 
     def commit(self) -> None:
@@ -246,7 +248,7 @@ class KVTree:
             gained = pools & ~node.pools
             if gained:
                 node = self._isolate(cursor, moved)
-                rows += [Row(t, node.start + i, node.slots[i], node) for i, t in enumerate(node.tokens)]
+                rows += [Row(t, node.start + i, node.slots[i], node, gained) for i, t in enumerate(node.tokens)]
                 node.pools |= gained
                 refilled.append((node, gained))
             else:
@@ -311,7 +313,7 @@ class KVTree:
         self._pending.append((node, 0))
         self._move(cursor, node, len(node.tokens))
         position = node.start + first
-        return [Row(t, position + i, s, node) for i, (t, s) in enumerate(zip(tokens, slots, strict=True))]
+        return [Row(t, position + i, s, node, pools) for i, (t, s) in enumerate(zip(tokens, slots, strict=True))]
 
     def _allocate(self, wanted: int, needed: int) -> array[int] | None:
         """`wanted` slots where they are free, else `needed`, evicting for these; None when there are not so many."""

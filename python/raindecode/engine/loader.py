@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging as standard_logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from raindecode import env
+from raindecode.engine.adapter import Adapter
 from raindecode.engine.attention import IMPLEMENTATION
 from raindecode.engine.engine import Engine
 from raindecode.engine.exact import PADDED_ROWS, ExactMode, use_rowwise_activations
@@ -74,6 +75,9 @@ def load_pretrained(
 def build_engine(
     model: PreTrainedModel,
     *,
+    adapters: Sequence[Adapter] = (),
+    aligned: Sequence[PreTrainedModel] = (),
+    vocab_size: int | None = None,
     kv_tokens: int | None = None,
     exact: bool | None = None,
     max_tasks: int = 32,
@@ -84,6 +88,9 @@ def build_engine(
     """An engine for `model`, and the exact mode it runs in.
 
     Args:
+        adapters: low-rank updates of `model`, each a model of the engine behind it.
+        aligned: whole models with the same tokens, the last models of the engine.
+        vocab_size: ids that exist in every model; None takes the smallest vocabulary.
         kv_tokens: capacity of the KV pool in tokens; None takes RAINDECODE_KV_TOKENS, or what a share of memory holds.
         exact: None turns exact mode on for float32 on a CPU when the probe passes; True insists; False leaves it off.
         verify: compare with the stock model on a few tokens, so that an architecture that cannot be served is refused.
@@ -94,21 +101,47 @@ def build_engine(
         UnsupportedModelError: the architecture cannot be served.
         ConfigError: kv_tokens is not positive, or exact mode or CUDA graphs were insisted on and cannot be had here.
     """
-    check_architecture(model)
+    models = (model, *aligned)
+    for one in models:
+        check_architecture(one)
     kv_tokens = env.kv_tokens() if kv_tokens is None else kv_tokens
     if kv_tokens is not None and kv_tokens < 1:
         raise ConfigError(f"kv_tokens is {kv_tokens}; allowed: 1 or more tokens")
-    on_cpu_fp32 = model.device.type == "cpu" and model.dtype == torch.float32
+    on_cpu_fp32 = all(one.device.type == "cpu" and one.dtype == torch.float32 for one in models)
     if exact and not on_cpu_fp32:
+        kinds = ", ".join(dict.fromkeys(f"{one.dtype} on {one.device}" for one in models))
+        raise ConfigError(f"exact mode needs float32 on a CPU; this model is {kinds}: use exact=None or False")
+    wants_exact = on_cpu_fp32 if exact is None else exact
+    runners = [
+        _runner(one, own, exact=wants_exact, verify=verify, fused=fused, cuda_graphs=cuda_graphs)
+        for one, own in zip(models, (adapters, *((),) * len(aligned)), strict=True)
+    ]
+    mode = _exact_mode(runners) if wants_exact else "off"
+    if exact and mode == "off":
         raise ConfigError(
-            f"exact mode needs float32 on a CPU; this model is {model.dtype} on {model.device}: use exact=None or False"
+            "exact mode was asked for, but rows of a forward depend on their number on this machine, padded or not"
         )
+    tokens = kv_tokens or default_kv_tokens(runners)
+    for runner in runners:
+        runner.resize(tokens + 1)
+    engine = Engine(
+        runners, KVTree(tokens + 1), max_tasks=max_tasks, pad_rows=PADDED_ROWS if mode == "padded" else 0, vocab_size=vocab_size
+    )  # fmt: skip
+    return engine, mode
+
+
+_PROBE_SLOTS = 512
+
+
+def _runner(
+    model: PreTrainedModel, adapters: Sequence[Adapter], *, exact: bool, verify: bool, fused: bool, cuda_graphs: bool | None
+) -> ModelRunner:  # fmt: skip
+    """A model checked against its own forward, in the fastest form it has. Its pools are small yet."""
     known = model.config._attn_implementation == IMPLEMENTATION  # another Decoder has switched and checked it already
     stock = stock_logits(model) if verify and not known else None
-    wants_exact = on_cpu_fp32 if exact is None else exact
-    if wants_exact:
+    if exact:
         use_rowwise_activations(model)
-    runner = ModelRunner(model, num_slots=_PROBE_SLOTS)
+    runner = ModelRunner(model, _PROBE_SLOTS, adapters)
     probe = Engine(runner, KVTree(_PROBE_SLOTS))
     if stock is not None:
         check_against_stock(probe, stock)
@@ -117,36 +150,25 @@ def build_engine(
     obstacle = runner.use_graphs() if cuda_graphs is not False else None
     if cuda_graphs and obstacle is not None:
         raise ConfigError(f"cuda_graphs=True was asked for, but {obstacle}: use cuda_graphs=None or False")
-    mode = _exact_mode(probe) if wants_exact else "off"
-    if exact and mode == "off":
-        raise ConfigError(
-            "exact mode was asked for, but rows of a forward depend on their number on this machine, padded or not"
-        )
-    tokens = kv_tokens or default_kv_tokens(runner)
-    runner.resize(tokens + 1)
-    engine = Engine(runner, KVTree(tokens + 1), max_tasks=max_tasks, pad_rows=PADDED_ROWS if mode == "padded" else 0)
-    return engine, mode
+    return runner
 
 
-_PROBE_SLOTS = 512
-
-
-def _exact_mode(engine: Engine) -> ExactMode:
-    if rows_are_invariant(engine):
+def _exact_mode(runners: Sequence[ModelRunner]) -> ExactMode:
+    if all(rows_are_invariant(Engine(runner, KVTree(_PROBE_SLOTS))) for runner in runners):
         return "rows"
-    padded = Engine(engine.runner, KVTree(_PROBE_SLOTS), pad_rows=PADDED_ROWS)
-    if rows_are_invariant(padded):
+    if all(rows_are_invariant(Engine(runner, KVTree(_PROBE_SLOTS), pad_rows=PADDED_ROWS)) for runner in runners):
         _log.warning("exact mode pads every forward to %d rows: MKL's strict mode is not active here", PADDED_ROWS)
         return "padded"
     _log.warning("exact mode is off: results may differ in the last bits with the number of requests in a batch")
     return "off"
 
 
-def default_kv_tokens(runner: ModelRunner) -> int:
-    """Tokens the KV pool holds when the user does not say."""
-    per_token = max(runner.bytes_per_token, 1)
-    if runner.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(runner.device)
+def default_kv_tokens(runners: Sequence[ModelRunner]) -> int:
+    """Tokens the KV pools hold when the user does not say."""
+    per_token = max(sum(runner.bytes_per_token for runner in runners), 1)
+    device = runners[0].device
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
         return max(1024, int(free * _POOL_SHARE_GPU) // per_token)
     return max(1024, min(_MAX_DEFAULT_TOKENS, _POOL_BYTES_CPU // per_token))
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,8 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from raindecode.engine import attention
+from raindecode.engine.adapter import Adapter
+from raindecode.engine.adapter_hooks import AdapterHooks
 from raindecode.engine.attention import IMPLEMENTATION, AttentionOptions, KVPool, TreeContext
-from raindecode.engine.batch import TokenBatch, upload
+from raindecode.engine.batch import Part, TokenBatch, upload
 from raindecode.engine.cuda_graph import CudaCapture, StepGraphs
 from raindecode.engine.fused_model import FusedModel
 from raindecode.errors import UnsupportedModelError
@@ -43,23 +48,34 @@ _STATEFUL_TYPES = {
 }
 
 
+@dataclass
+class _Member:
+    """What one member remembers of the tokens it ran."""
+
+    pool: KVPool
+    hidden: Tensor | None = None  # [num_slots, hidden_size], final hidden state of the token in each slot
+
+
 class ModelRunner:
-    """One model behind the tree.
+    """One model behind the tree, with its adapters.
 
     Args:
         model: a decoder-only transformers model in eval mode. Its attention implementation is switched.
-        num_slots: slots of the KV pool, the trash slot included.
+        num_slots: slots of the KV pool, the trash slot included; every adapter has a pool of as many.
+        adapters: low-rank updates of the model. Each is a member of its own: rows of all members share a forward and the
+            reading of the weights.
 
     Raises:
         UnsupportedModelError: the architecture cannot be served; the message names it and says why.
     """
 
-    def __init__(self, model: PreTrainedModel, num_slots: int) -> None:
+    def __init__(self, model: PreTrainedModel, num_slots: int, adapters: Sequence[Adapter] = ()) -> None:
         check_architecture(model)
         self.model = model
         self.device = torch.device(model.device)
-        self.pool = KVPool(num_slots, self.device)
-        self.hidden: Tensor | None = None  # [num_slots, hidden_size], final hidden state of the token in each slot
+        self.adapters = tuple(adapters)
+        self._members = [_Member(KVPool(num_slots, self.device)) for _ in range(self.num_members)]
+        self._updates = [AdapterHooks(model, adapter) for adapter in self.adapters]
         self.fused: FusedModel | None = None
         self.graphs: StepGraphs | None = None  # of `fused`
         self.layers: dict[int, AttentionOptions] = {}  # what each layer told its attention when last asked
@@ -72,42 +88,93 @@ class ModelRunner:
                 "be replaced: convert the model to an architecture that does (for example Llama, Qwen, Mistral or Gemma)"
             )
 
-    @torch.inference_mode()
+    @property
+    def num_members(self) -> int:
+        """The model and its adapters."""
+        return 1 + len(self.adapters)
+
+    @property
+    def pool(self) -> KVPool:
+        """K/V of the model without adapter."""
+        return self._members[0].pool
+
+    @pool.setter
+    def pool(self, pool: KVPool) -> None:
+        self._members[0].pool = pool
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """[num_slots, hidden_size], final hidden state of the model without adapter for the token in each slot."""
+        return self._members[0].hidden
+
+    @hidden.setter
+    def hidden(self, states: Tensor | None) -> None:
+        self._members[0].hidden = states
+
     def forward(self, batch: TokenBatch, wanted: Sequence[int]) -> Tensor:
         """Run the rows of a batch made on the host; logits `[len(wanted), vocabulary]` of the rows named.
 
         With no row named, what comes back means nothing.
         """
-        wanted = list(wanted)
+        return self.forward_parts([Part(0, batch)], [wanted])
+
+    @torch.inference_mode()
+    def forward_parts(self, parts: Sequence[Part], wanted: Sequence[Sequence[int]]) -> Tensor:
+        """Run batches of several members, made on the host, through the weights together.
+
+        Args:
+            wanted: rows of each part whose logits are wanted.
+        Returns:
+            Logits `[n, vocabulary]`, one part's after the other's. With no row named, what comes back means nothing.
+        """
         fused = self.fused if self.fused is not None and self.fused.is_current else None
-        if fused is not None and self.graphs is not None:
-            logits = self.graphs.forward(batch, wanted, self.pool, self._states_pool(fused.weights.embedding))
+        if fused is not None and self.graphs is not None and len(parts) == 1 and not parts[0].member:
+            batch, states = parts[0].batch, self._states_pool(0, fused.weights.embedding)
+            logits = self.graphs.forward(batch, list(wanted[0]), self.pool, states)
             if logits is not None:
                 return logits
-        batch, index = upload(batch, wanted or [0], self.device)
-        context = TreeContext(self.pool, batch.slot_mapping, batch.plan)
+        placed, rows, at = [], [], 0
+        for part, mine in zip(parts, wanted, strict=True):
+            batch, index = upload(part.batch, list(mine), self.device)
+            placed.append(Part(part.member, batch))
+            rows.append(index + at)
+            at += batch.num_rows
+        index = torch.cat(rows)
+        if not len(index):  # a model that is asked for no row gives those of all
+            index = torch.zeros(1, dtype=torch.int64, device=self.device)
+        contexts = [TreeContext(self._members[p.member].pool, p.batch.slot_mapping, p.batch.plan) for p in placed]
         if fused is not None:
-            return fused.forward(batch, context, index, self._states_pool(fused.weights.embedding))
-        states, logits = self._forward_stock(batch, context, index)
+            pools = [self._states_pool(part.member, fused.weights.embedding) for part in placed]
+            return fused.forward(placed, contexts, index, pools)
+        contexts[0].more = tuple(contexts[1:])
+        states, logits = self._forward_stock(placed, contexts[0], index)
         if states is not None:
-            self._states_pool(states).index_copy_(0, batch.slot_mapping.long(), states)
+            for part, own in zip(placed, states.split([part.batch.num_rows for part in placed]), strict=True):
+                self._states_pool(part.member, own).index_copy_(0, part.batch.slot_mapping.long(), own)
         return logits
 
-    def _forward_stock(self, batch: TokenBatch, context: TreeContext, index: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _forward_stock(
+        self, parts: Sequence[Part], context: TreeContext, index: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
         """transformers' own forward: final hidden states of all rows, logits of the rows of `index`."""
         options: dict[str, Any] = {"logits_to_keep": index} if self._takes_index else {}
         token = attention._current.set(context)
         # Held for this call only: a hook that stays keeps this runner and its pools alive as long as the model.
         hook = self.model.base_model.register_forward_hook(self._catch_hidden)
+        adapted = ExitStack()
         try:
+            for (member, batch), end in zip(parts, accumulate(part.batch.num_rows for part in parts), strict=True):
+                if member:
+                    adapted.enter_context(self._updates[member - 1].on(slice(end - batch.num_rows, end)))
             out = self.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
+                input_ids=torch.cat([part.batch.input_ids for part in parts], dim=1),
+                position_ids=torch.cat([part.batch.position_ids for part in parts], dim=1),
                 use_cache=False,
                 tree=context,
                 **options,
             )
         finally:
+            adapted.close()
             hook.remove()
             attention._current.reset(token)
             states, self._last_hidden = self._last_hidden, None
@@ -117,12 +184,12 @@ class ModelRunner:
         return None if states is None else states[0], logits if self._takes_index else logits[index]
 
     def fuse(self) -> None:
-        """Run from now on as a FusedModel. The model must have run once.
+        """Run from now on as a FusedModel, adapters included. The model must have run once.
 
         Raises:
             NotFusible: it is not of that form; nothing has changed.
         """
-        self.fused = FusedModel(self.model, self.layers)
+        self.fused = FusedModel(self.model, self.layers, self.adapters)
         self.graphs = None
 
     def use_graphs(self) -> str | None:
@@ -148,20 +215,19 @@ class ModelRunner:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes one slot takes in all pools; 0 before the first forward."""
+        """Bytes one slot takes in the pools of all members; 0 before the first forward of the model as it is."""
         hidden = 0 if self.hidden is None else self.hidden.shape[1] * self.hidden.element_size()
-        return self.pool.bytes_per_token + hidden
+        return (self.pool.bytes_per_token + hidden) * self.num_members
 
     def resize(self, num_slots: int) -> None:
         """Start over with empty pools of `num_slots` slots. Graphs read and write the old ones, so they go."""
         if self.graphs is not None:
             self.graphs.drop()
-        self.pool = KVPool(num_slots, self.device)
-        self.hidden = None
+        self._members = [_Member(KVPool(num_slots, self.device)) for _ in self._members]
         if self.fused is not None:
             self.fused.drop_pools()
 
-    def mean_hidden(self, slots: Tensor, starts: Sequence[int]) -> Tensor:
+    def mean_hidden(self, slots: Tensor, starts: Sequence[int], member: int = 0) -> Tensor:
         """Means of the final hidden states from each of `starts` to the end of a path.
 
         Args:
@@ -170,8 +236,9 @@ class ModelRunner:
         Returns:
             [len(starts), hidden_size] float32.
         """
-        assert self.hidden is not None
-        states = self.hidden[slots].float()
+        hidden = self._members[member].hidden
+        assert hidden is not None
+        states = hidden[slots].float()
         sums = torch.flip(torch.cumsum(torch.flip(states, (0,)), 0), (0,))
         lengths = torch.tensor([len(slots) - s for s in starts], dtype=torch.float32, device=self.device)
         return sums[list(starts)] / lengths[:, None]
@@ -179,11 +246,12 @@ class ModelRunner:
     def _catch_hidden(self, _module: object, _args: object, output: Any) -> None:
         self._last_hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
 
-    def _states_pool(self, like: Tensor) -> Tensor:
-        """[num_slots, hidden_size], in the dtype of `like` [.., hidden_size]."""
-        if self.hidden is None:
-            self.hidden = self.pool.zeros(like)
-        return self.hidden
+    def _states_pool(self, member: int, like: Tensor) -> Tensor:
+        """[num_slots, hidden_size] of a member, in the dtype of `like` [.., hidden_size]."""
+        mine = self._members[member]
+        if mine.hidden is None:
+            mine.hidden = mine.pool.zeros(like)
+        return mine.hidden
 
     def _check_layers(self, context: TreeContext) -> None:
         text = self.model.config.get_text_config()

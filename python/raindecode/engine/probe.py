@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 
 from raindecode.engine.batch import TokenBatch
 from raindecode.engine.branch import Ledger
-from raindecode.engine.engine import Engine, LogitsRow, Task
+from raindecode.engine.engine import Engine, Task
+from raindecode.engine.logit_rows import HostRow
 from raindecode.engine.model_runner import ModelRunner, architecture
 from raindecode.engine.rotary import NotFusible
 from raindecode.engine.types import Want
 from raindecode.errors import UnsupportedModelError
+from raindecode.mixture import Mix
 from rainkernels.ops.attention import attention_plan
 
 _log = logging.getLogger("raindecode")
@@ -26,7 +28,7 @@ _FAR, _FAR_ROWS = 4096, 24  # positions where a config names no context; rows sp
 _ROW_COUNTS = (1, 2, 3, 5, 8, 13, 33, 64)
 
 
-def stock_logits(model: PreTrainedModel) -> list[LogitsRow]:
+def stock_logits(model: PreTrainedModel) -> list[HostRow]:
     """Logits of the unmodified model after the probe's sequences, computed before its attention is switched.
 
     Eager attention is the definition: other implementations leave out what they cannot do, such as the soft-cap of Gemma 2
@@ -45,7 +47,7 @@ def stock_logits(model: PreTrainedModel) -> list[LogitsRow]:
         ]
 
 
-def check_against_stock(engine: Engine, expected: Sequence[LogitsRow]) -> None:
+def check_against_stock(engine: Engine, expected: Sequence[HostRow]) -> None:
     """Compare two branches over a shared stem, run in one forward, with the stock model.
 
     Raises:
@@ -69,10 +71,14 @@ def check_against_stock(engine: Engine, expected: Sequence[LogitsRow]) -> None:
 
 
 def fuse_if_equal(engine: Engine) -> None:
-    """Let the engine's model run as a FusedModel where it is of that form and gives the same logits, up to rounding."""
+    """Let the engine's model run as a FusedModel where it is of that form and gives the same logits, up to rounding.
+
+    Every adapter is compared as well.
+    """
     runner = engine.runner
     sequences = _sequences(runner.model)
-    expected = _logits(engine, sequences)
+    members = range(runner.num_members)
+    expected = [row for member in members for row in _logits(engine, sequences, member)]
     try:
         runner.fuse()
     except NotFusible as reason:
@@ -81,7 +87,7 @@ def fuse_if_equal(engine: Engine) -> None:
     fused, runner.fused = runner.fused, None
     expected += _far_logits(runner)
     runner.fused = fused
-    got = [*_logits(engine, sequences), *_far_logits(runner)]
+    got = [row for member in members for row in _logits(engine, sequences, member)] + _far_logits(runner)
     tolerance = 1e-4 if runner.model.dtype == torch.float32 else 0.05
     errors = [_difference(*pair) for pair in zip(got, expected, strict=True)]
     error = float(np.max(errors))  # NaN stays NaN
@@ -90,7 +96,7 @@ def fuse_if_equal(engine: Engine) -> None:
         _log.debug("%s runs as transformers runs it: fused it differs by %.1e", architecture(runner.model), error)
 
 
-def _far_logits(runner: ModelRunner) -> list[LogitsRow]:
+def _far_logits(runner: ModelRunner) -> list[HostRow]:
     """Logits of a short path whose position ids are spread up to the model's context.
 
     Some models scale attention by the position, from some position on (Ministral 3); a short path does not show it.
@@ -121,23 +127,24 @@ def _far_logits(runner: ModelRunner) -> list[LogitsRow]:
             fused.rotary = table
 
 
-def _difference(got: LogitsRow, expected: LogitsRow) -> float:
+def _difference(got: HostRow, expected: HostRow) -> float:
     """Largest difference, relative to the largest number."""
     return float(np.abs(got - expected).max()) / max(1.0, float(np.abs(expected).max()))
 
 
 def rows_are_invariant(engine: Engine) -> bool:
-    """True when rows keep their bits whatever the number of rows in the forward."""
+    """True when rows keep their bits whatever the number of rows in the forward, of every adapter too."""
     model = engine.runner.model
     vocabulary = model.config.get_text_config().vocab_size
     stem = _tokens(_STEM, vocabulary, 1)
     paths = [[*stem, int(t)] for t in _tokens(max(_ROW_COUNTS), vocabulary, 2)]
-    whole = _logits(engine, paths)
-    for count in _ROW_COUNTS:
-        for first in range(0, len(paths), max(count, len(paths) // 2)):
-            part = _logits(engine, paths[first : first + count])
-            if any(not np.array_equal(a, b) for a, b in zip(part, whole[first:], strict=False)):
-                return False
+    for member in range(engine.runner.num_members):
+        whole = _logits(engine, paths, member)
+        for count in _ROW_COUNTS:
+            for first in range(0, len(paths), max(count, len(paths) // 2)):
+                part = _logits(engine, paths[first : first + count], member)
+                if any(not np.array_equal(a, b) for a, b in zip(part, whole[first:], strict=False)):
+                    return False
     return True
 
 
@@ -152,17 +159,18 @@ def _tokens(count: int, vocabulary: int, seed: int) -> list[int]:
     return tokens
 
 
-def _logits(engine: Engine, paths: Sequence[Sequence[int]]) -> list[LogitsRow]:
-    """Logits after each path, all run in one step; nothing stays cached."""
+def _logits(engine: Engine, paths: Sequence[Sequence[int]], model: int = 0) -> list[HostRow]:
+    """Logits of one of the engine's models after each path, all run in one step; nothing stays cached."""
 
-    def search() -> Generator[Any, Any, list[LogitsRow]]:
-        answers = yield [Want(engine.open(ledger, path), logits=True) for path in paths]
+    def search() -> Generator[Any, Any, list[HostRow]]:
+        answers = yield [Want(engine.open(ledger, path, alone), logits=True) for path in paths]
         return [answer.logits for answer in answers]
 
+    alone = Mix(tuple(float(i == model) for i in range(len(engine.models))))
     ledger = Ledger()
     (task,) = engine.run([Task(search(), ledger)])
     engine.tree.clear()
     if task.error is not None:
         raise task.error
-    result: list[LogitsRow] = task.result
+    result: list[HostRow] = task.result
     return result

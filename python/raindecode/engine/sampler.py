@@ -17,6 +17,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from raindecode.errors import ConfigError, NumericError
+from raindecode.mixture import Measured
 from rainkernels.ops.draws import draw_rows
 from rainkernels.ops.logits import philox_uniforms
 
@@ -70,6 +71,7 @@ class Drawn(NamedTuple):
     token: int
     prob: float
     logprob: float
+    measured: Measured | None = None
 
 
 def rows_to_host(logits: Tensor) -> npt.NDArray[np.float32]:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 # transformers leaves hooks on every module once hidden states were asked for; outside of such a call they do nothing. Another
 # Decoder over the model listens during a forward of its own.
-_IDLE_HOOKS = {"transformers.utils.output_capturing", "raindecode.engine.model_runner"}
+_IDLE_HOOKS = {
+    "transformers.utils.output_capturing", "raindecode.engine.model_runner", "raindecode.engine.adapter_hooks",
+}  # fmt: skip
 
 
 class Snapshot:

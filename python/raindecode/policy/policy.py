@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raindecode.errors import ConfigError
+from raindecode.policy.dera import DeRa
 from raindecode.policy.prompt import ChatFormat
 
 
@@ -12,7 +14,15 @@ class Policy:
     """Settings of the distribution a search draws from.
 
     Attributes:
+        dera: how the decoder's models are mixed; None takes the reference model alone.
         prompt: how user text is written for the model; None takes the search's own format, else the decoder's.
     """
 
     prompt: ChatFormat | None = None
+    dera: DeRa | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and not isinstance(self.prompt, ChatFormat):
+            raise ConfigError(f"the policy's prompt is a {type(self.prompt).__name__}; give a ChatFormat or None")
+        if self.dera is not None and not isinstance(self.dera, DeRa):
+            raise ConfigError(f"the policy's dera is a {type(self.dera).__name__}; give DeRa(weight) or None")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raindecode.engine.branch import Ledger
+from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.engine import Engine
 from raindecode.engine.types import HostCall, Search, Want
 from raindecode.text import Codec
@@ -28,6 +28,14 @@ class SearchContext:
     request: Request
     on_text: Callable[[str], None] | None = None
     on_progress: Callable[[int, int], None] | None = None
+
+    def open(self, tokens: Sequence[int]) -> Branch:
+        """A branch of `tokens` under the request's mixture."""
+        return self.engine.open(self.ledger, tokens, self.request.mix)
+
+    def open_first(self, tokens: Sequence[int]) -> Branch:
+        """A branch of `tokens` of the first model of the mixture alone: the reference, unless its weight is 0."""
+        return self.engine.open(self.ledger, tokens, self.request.mix.only_first)
 
     def stats(self, *, iterations: int = 0, evaluations: int = 0) -> Stats:
         """The request's counters so far."""

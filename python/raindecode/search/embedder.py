@@ -51,6 +51,8 @@ class Embedder(Protocol):
 class HiddenStates:
     """The language model's own mean final hidden state over the tokens of a path. Costs no extra forward.
 
+    Where several models are mixed, the first of them whose weight is not 0.
+
     Attributes:
         center: subtract the mean state of the prompt's last tokens before normalising. Raw hidden states all point the
             same way (cosines near 1 between any two texts), which would make every sibling look alike.
@@ -66,7 +68,7 @@ class HiddenStates:
         wants = [Want(paths.branch, pool_from=paths.starts)]
         request, ids = context.ledger.origin, context.request.prompt_ids
         if self.center and request not in _centers:
-            branch = context.engine.open(context.ledger, ids)
+            branch = context.open_first(ids)
             wants.append(Want(branch, pool_from=[max(0, len(ids) - self._CENTER_TOKENS)]))
         answers: list[Got] = yield wants
         for want, answer in zip(wants[1:], answers[1:], strict=True):

@@ -58,7 +58,8 @@ class SelfEvaluation:
     """The language model judges its own text, the options asked in both orders.
 
     a = [p(good) > p(bad)] with the good option first, b the same with it second; score = 2 ((a + b) / 2 - 1/2), so in
-    {-1, 0, 1}. Ties count as bad. With one order the score is -1 or 1. Source: RAIN, section 3.4 and official code.
+    {-1, 0, 1}. Ties count as bad. With one order the score is -1 or 1. Where several models are mixed the reference judges, or
+    the first model whose weight is not 0. Source: RAIN, section 3.4 and official code.
     """
 
     template: JudgeTemplate
@@ -69,7 +70,7 @@ class SelfEvaluation:
         for text in self.template.prompts(prompt, response):
             ids = context.codec.encode(text)
             _check_room(context, len(ids))
-            branches.append(context.engine.open(context.ledger, ids[: len(ids) - cut]))
+            branches.append(context.open_first(ids[: len(ids) - cut]))
         answers: list[Got] = yield [Want(branch, gather=letters) for branch in branches]
         context.ledger.measure()  # evaluation prompts are where a request holds most
         for branch in branches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from raindecode.engine.rng import name_draw
 from raindecode.engine.sampler import Filter
 from raindecode.engine.types import Draw, Got, Want
+from raindecode.mixture import Measured, MeasuredAnswer
 from raindecode.search.context import SearchContext
 from raindecode.settings import as_strings, as_token_ids
 from raindecode.text import TextStream, find_stop
@@ -58,10 +60,12 @@ class Sampling:
     def search(self, context: SearchContext) -> Generator[list[Want], list[Got], Completion]:
         """Decode one request."""
         request = context.request
-        branch = context.engine.open(context.ledger, request.prompt_ids)
+        branch = context.open(request.prompt_ids)
         branch.reserve = len(request.prompt_ids) + request.max_new_tokens
         answer = _Answer(context, self)
         shape = self.filter()
+        measured: list[Measured] | None = [] if request.mix.stats else None
+        log_weight = 0.0
         penalised = list(request.prompt_ids) if shape.repetition_penalty != 1.0 else None
         while answer.finish_reason is None:
             counter = name_draw(0, branch.length, _PURPOSE)
@@ -69,6 +73,9 @@ class Sampling:
             drawn = got[0].drawn[0]
             answer.push(drawn.token, drawn.logprob)
             branch.append([drawn.token])
+            if measured is not None and drawn.measured is not None:
+                measured.append(drawn.measured)
+                log_weight += _log_weight(drawn.measured, drawn.prob)
             if penalised is not None:
                 penalised.append(drawn.token)
             if context.on_progress is not None:
@@ -81,7 +88,14 @@ class Sampling:
             seed=request.seed,
             stats=context.stats(),
             logprobs=answer.logprobs if self.logprobs else None,
+            mixture=None if measured is None else MeasuredAnswer(measured, log_weight if shape.temperature else None),
         )
+
+
+def _log_weight(measured: Measured, prob: float) -> float:
+    """Log of what a token drawn with `prob` weighs under prod_i p_i^w_i."""
+    pairs = zip(measured.weights, measured.logprob_models, strict=True)
+    return math.fsum(w * logprob for w, logprob in pairs if w) - math.log(prob)
 
 
 class _Answer:

@@ -1,0 +1,167 @@
+"""Answers: turns the logits after a branch into what a search asked of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeAlias
+
+from raindecode.engine import sampler
+from raindecode.engine.branch import Branch
+from raindecode.engine.logit_rows import HostRow, KeptRows, LogitRow
+from raindecode.engine.mixing import MixDraw, draw_mixed, measure, mixed_row, weight_for_kl
+from raindecode.engine.sampler import Drawn
+from raindecode.engine.types import Draw, Got, Want
+from raindecode.errors import NumericError
+from raindecode.mixture import Mix
+
+Rows: TypeAlias = "Sequence[LogitRow | None]"  # one per model of the engine
+
+
+class _Asked(NamedTuple):
+    """A want with its mixture, the one model that is (None for several), and rows by model."""
+
+    want: Want
+    mix: Mix
+    single: int | None
+    rows: Rows
+
+
+class Answers:
+    """See the module's text.
+
+    Draws from one model are made on the host in double (sampler). Draws from a mixture are made by the fused op, where the
+    logits lie. What needs a whole mixed row is done on the host: a repetition penalty, which depends on the sign of the mixed
+    logits, and wants that come back to their row, as those of a search do.
+
+    Args:
+        vocab_size: ids that exist in every model.
+        num_slots: of the KV pool.
+    """
+
+    def __init__(self, vocab_size: int, num_slots: int) -> None:
+        self.vocab_size = vocab_size
+        self.kept = KeptRows(num_slots)
+
+    def kept_rows(self, branch: Branch) -> dict[int, LogitRow]:
+        """Rows held at the end of `branch`, by model."""
+        if not len(self.kept):
+            return {}
+        models = (model for model in range(branch.models.bit_length()) if branch.models >> model & 1)
+        found = ((model, self.kept.get(branch.hash, model)) for model in models)
+        return {model: row for model, row in found if row is not None}
+
+    def answer(self, wants: Sequence[tuple[Want, Rows]]) -> list[Got | Exception]:
+        """An answer per want, or why there is none."""
+        asked: list[_Asked] = []
+        for want, rows in wants:
+            mix = want.branch.mix
+            if want.needs_logits and mix.target_kl is not None:
+                mix = _aimed(mix, rows)
+            asked.append(_Asked(want, mix, mix.single, rows))
+        drawn = self._draw([(one, draw) for one in asked for draw in one.want.draws])
+        found: list[Got | Exception] = []
+        for one in asked:
+            mine = [next(drawn) for _ in one.want.draws]
+            try:
+                found.append(self._got(one, mine))
+            except Exception as error:
+                found.append(error)
+        return found
+
+    def _draw(self, draws: Sequence[tuple[_Asked, Draw]]) -> Iterator[Drawn | Exception]:
+        """All draws of a step; where one cannot be made, its error."""
+        results: list[Drawn | Exception | None] = [None] * len(draws)
+        fused = [i for i, (one, draw) in enumerate(draws) if _is_fused(one, draw)]
+        if fused:
+            mixed = [MixDraw(one.rows, one.mix, d.shape, (d.key, d.counter)) for one, d in (draws[i] for i in fused)]
+            for i, result in zip(fused, self._draw_mixed(mixed), strict=True):
+                results[i] = result
+        on_host = [i for i, result in enumerate(results) if result is None]
+        for i, result in zip(on_host, self._draw_on_host([draws[i] for i in on_host]), strict=True):
+            results[i] = result
+        return iter([result for result in results if result is not None])
+
+    def _draw_mixed(self, draws: Sequence[MixDraw]) -> Sequence[Drawn | Exception]:
+        try:
+            return draw_mixed(draws, self.vocab_size)
+        except Exception:  # one by one, so that only the request at fault ends
+            return [_result_or_error(lambda one=one: draw_mixed([one], self.vocab_size)[0]) for one in draws]  # type: ignore[misc]
+
+    def _draw_on_host(self, draws: Sequence[tuple[_Asked, Draw]]) -> Sequence[Drawn | Exception]:
+        if not draws:
+            return ()
+        numbers = sampler.uniforms([d.key for _, d in draws], [d.counter for _, d in draws])
+        rows: dict[int, HostRow] = {}  # a mixed row is made once however many draws it has
+        for one, _ in draws:
+            if id(one) not in rows:
+                rows[id(one)] = self._host_row(one)
+        requests = [
+            sampler.DrawRequest(rows[id(one)], d.shape, None if d.greedy else number, d.context, d.logprob)
+            for (one, d), number in zip(draws, numbers, strict=True)
+        ]
+        try:
+            drawn: Sequence[Drawn | Exception] = sampler.draw_all(requests)
+        except Exception:
+            drawn = [_result_or_error(lambda r=r: sampler.draw_all([r])[0]) for r in requests]  # type: ignore[misc]
+        if not any(one.mix.stats for one, _ in draws):
+            return drawn
+        return [self._with_statistics(one, result) for (one, _), result in zip(draws, drawn, strict=True)]
+
+    def _with_statistics(self, one: _Asked, drawn: Drawn | Exception) -> Drawn | Exception:
+        if isinstance(drawn, Exception) or not one.mix.stats:
+            return drawn
+        return drawn._replace(measured=measure(one.rows, one.mix, drawn.token, self.vocab_size))
+
+    def _host_row(self, one: _Asked) -> HostRow:
+        if one.single is None:
+            return mixed_row(one.rows, one.mix, self.vocab_size)
+        row = one.rows[one.single]
+        assert row is not None
+        return row.host
+
+    def _got(self, one: _Asked, drawn: Sequence[Drawn | Exception]) -> Got:
+        want, got = one.want, Got()
+        if not want.needs_logits:
+            return got
+        for result in drawn:
+            if isinstance(result, Exception):
+                raise result
+            got.drawn.append(result)
+        if want.top or want.gather or want.logits:
+            row = self._host_row(one)
+            if want.top:
+                got.top_ids, got.top_probs = sampler.top_probs(row, want.top)
+            got.gathered = [float(row[i]) for i in want.gather]
+            if any(math.isnan(value) for value in got.gathered):
+                raise NumericError("a row of logits holds NaN: the model produced no number")
+            got.logits = row if want.logits else None
+        if want.keep:
+            for model, kept in enumerate(one.rows):
+                if kept is not None:
+                    self.kept.add(want.branch.hash, model, kept)
+        return got
+
+
+def _is_fused(one: _Asked, draw: Draw) -> bool:
+    plain = draw.shape.repetition_penalty == 1.0 or not draw.context
+    return one.single is None and plain and not draw.greedy and not one.want.keep
+
+
+def _aimed(mix: Mix, rows: Rows) -> Mix:
+    """The mixture with the weights its target leads to here."""
+    reference, aligned = rows
+    assert mix.target_kl is not None
+    assert reference is not None
+    assert aligned is not None
+    weight = weight_for_kl(reference.host, aligned.host, mix.target_kl, mix.max_weight).weight
+    return replace(mix, weights=(1.0 - weight, weight))
+
+
+def _result_or_error(make: object) -> Drawn | Exception:
+    try:
+        result: Drawn | Exception = make()  # type: ignore[operator]
+        return result
+    except Exception as error:
+        return error
