@@ -88,7 +88,9 @@ class Decoder:
             if not isinstance(other, PreTrainedModel):
                 raise ModelError(f"an aligned model is a {type(other).__name__}; give a transformers PreTrainedModel")
             if other.device != model.device:
-                raise ModelError(f"the aligned model is on {other.device}, the reference on {model.device}: use one device")
+                raise ModelError(
+                    f"the aligned model is on {other.device}, the reference on {model.device}: use one device"
+                )
             check_same_tokenizer(tokenizer, other_tokenizer, name=_called(other))
         everyone = [model, *(other for other, _ in aligned)]
         self.engine, self.exact = build_engine(
@@ -130,6 +132,7 @@ class Decoder:
         if dtype is not None and dtype not in _DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
         number_type = _DTYPES[dtype] if dtype else (torch.float32 if place.type == "cpu" else torch.bfloat16)
+
         def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             path = str(testbed.WEIGHTS) if name == "testbed" else name
             return load_pretrained(path, device=place, dtype=number_type, trust_remote_code=trust_remote_code)
@@ -243,7 +246,9 @@ class Decoder:
             raise ConfigError(
                 f"{len(seeds)} seeds were given for {len(every)} prompts; give one seed, or one per prompt"
             )
-        policies = list(policy) if isinstance(policy, Sequence) else [Policy() if policy is None else policy] * len(every)
+        policies = (
+            list(policy) if isinstance(policy, Sequence) else [Policy() if policy is None else policy] * len(every)
+        )
         if len(policies) != len(every):
             raise ConfigError(
                 f"{len(policies)} policies were given for {len(every)} prompts; give one policy, or one per prompt"
@@ -310,7 +315,7 @@ class Decoder:
     @property
     def _vocabulary(self) -> int:
         """Ids that every model has an embedding for."""
-        return min(runner.model.config.get_text_config().vocab_size for runner in self.engine.runners)
+        return int(min(runner.model.config.get_text_config().vocab_size for runner in self.engine.runners))
 
     def _known_ids(self, name: str, ids: tuple[int, ...]) -> tuple[int, ...]:
         vocabulary = self._vocabulary

@@ -24,8 +24,8 @@ from models import (
 
 from raindecode.decoder import Decoder
 from raindecode.engine.branch import Ledger
-from raindecode.engine.logit_rows import HostRow
 from raindecode.engine.loader import build_engine, load_pretrained
+from raindecode.engine.logit_rows import HostRow
 from raindecode.engine.types import Want
 from raindecode.errors import ModelError, UnsupportedModelError
 

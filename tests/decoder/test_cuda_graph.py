@@ -156,10 +156,10 @@ def test_a_replay_reads_and_writes_the_same_memory(engine: Engine) -> None:
     assert fused is not None
     inner = fused.final_states
 
-    def watched(ids: Tensor, cos: Tensor, sin: Tensor, context: TreeContext) -> Tensor:
+    def watched(ids: Tensor, cos: Tensor, sin: Tensor, context: TreeContext, adapted: Sequence[Any] = ()) -> Tensor:
         pools = [t.data_ptr() for pair in context.pool.layers.values() for t in pair]
         seen.append((len(ids), ids.data_ptr(), *pools, engine.runner.hidden.data_ptr()))  # type: ignore[union-attr]
-        return inner(ids, cos, sin, context)
+        return inner(ids, cos, sin, context, adapted)
 
     fused.final_states = watched  # type: ignore[method-assign]
     tables = []

@@ -13,7 +13,7 @@ import torch
 from models import logits_after, random_tokens, run_alone, task, tiny_decoder, tiny_model, writes
 
 from raindecode.decoder import Decoder
-from raindecode.engine import engine as engine_module
+from raindecode.engine import forward as forward_module
 from raindecode.engine import sampler
 from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.engine import Engine, Task
@@ -214,7 +214,7 @@ def test_a_step_that_fails_before_its_forward_leaves_no_unwritten_tokens(
         raise MemoryError("no room for a batch")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "build_batches", failing)
+        patch.setattr(forward_module, "build_batches", failing)
         with pytest.raises(MemoryError):
             logits_after(engine, [path])
     found = engine.tree.match(path)

@@ -87,7 +87,7 @@ class Answers:
         try:
             return draw_mixed(draws, self.vocab_size)
         except Exception:  # one by one, so that only the request at fault ends
-            return [_result_or_error(lambda one=one: draw_mixed([one], self.vocab_size)[0]) for one in draws]  # type: ignore[misc]
+            return [_result_or_error(lambda one=one: draw_mixed([one], self.vocab_size)[0]) for one in draws]
 
     def _draw_on_host(self, draws: Sequence[tuple[_Asked, Draw]]) -> Sequence[Drawn | Exception]:
         if not draws:
@@ -104,7 +104,7 @@ class Answers:
         try:
             drawn: Sequence[Drawn | Exception] = sampler.draw_all(requests)
         except Exception:
-            drawn = [_result_or_error(lambda r=r: sampler.draw_all([r])[0]) for r in requests]  # type: ignore[misc]
+            drawn = [_result_or_error(lambda r=r: sampler.draw_all([r])[0]) for r in requests]
         if not any(one.mix.stats for one, _ in draws):
             return drawn
         return [self._with_statistics(one, result) for (one, _), result in zip(draws, drawn, strict=True)]

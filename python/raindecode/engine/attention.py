@@ -135,7 +135,7 @@ def attend(index: int, q: Tensor, k: Tensor, v: Tensor, context: TreeContext, op
     parts = (context, *context.more)
     sizes = [len(part.slot_mapping) for part in parts]
     rows = zip(parts, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    return torch.cat([_attend_part(index, *own, part, options) for part, *own in rows])
+    return torch.cat([_attend_part(index, q_, k_, v_, part, options) for part, q_, k_, v_ in rows])
 
 
 def _attend_part(

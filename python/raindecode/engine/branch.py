@@ -8,7 +8,6 @@ from raindecode.engine.kv_tree import Cursor, KVTree, Node
 from raindecode.engine.rng import mix
 from raindecode.mixture import SINGLE, Mix
 
-
 _SALT = 0x51A7  # names a path run by another model than the first
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from raindecode.engine.answers import Answers
 from raindecode.engine.branch import Branch, Ledger
-from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
 from raindecode.engine.forward import plan_forwards
+from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
 from raindecode.engine.logit_rows import KeptRows, LogitRow, Logits
 from raindecode.engine.model_runner import ModelRunner
 from raindecode.engine.types import Got, HostCall, Search, Want, Yielded
@@ -306,7 +306,6 @@ class Engine:
 
     def _answer(self, plan: _Plan, found: StepRows) -> list[tuple[Task, Any]]:
         """Draw what was wanted; the tasks whose wants are all answered, with what to send them."""
-        ready: list[tuple[Task, Any]] = []
         asked = []
         for task, i, slot, kept in plan.served:
             want = task.wants[i]
@@ -315,14 +314,15 @@ class Engine:
         answers = self._answers.answer(asked)
         failed: dict[Task, BaseException] = {}
         for (task, i, *_), answer in zip(plan.served, answers, strict=True):
-            if isinstance(answer, Exception):  # NaN logits, an id outside the vocabulary: only this request ends
-                failed.setdefault(task, answer)
-                continue
-            want = task.wants[i]
-            if want.pool_from:
-                answer.pooled = self._mean_states(want)
-            task.answers[i] = answer
-        ready += failed.items()
+            try:
+                if isinstance(answer, Exception):  # NaN logits, an id outside the vocabulary: only this request ends
+                    raise answer
+                if task.wants[i].pool_from:
+                    answer.pooled = self._mean_states(task.wants[i])
+                task.answers[i] = answer
+            except Exception as error:
+                failed.setdefault(task, error)
+        ready: list[tuple[Task, Any]] = list(failed.items())
         for task in dict.fromkeys(task for task, *_ in plan.served):
             if task not in failed and all(answer is not None for answer in task.answers):
                 ready.append((task, task.answers))

@@ -104,8 +104,8 @@ class FusedModel:
         """
         batches = [part.batch for part in parts]
         cos, sin = self.rotary.upto(max(batch.max_position for batch in batches))
-        ids = torch.cat([batch.input_ids[0] for batch in batches])
-        positions = torch.cat([batch.position_ids[0] for batch in batches])
+        ids = _behind([batch.input_ids[0] for batch in batches])
+        positions = _behind([batch.position_ids[0] for batch in batches])
         if self._stack is None:
             contexts[0].more = tuple(contexts[1:])
             sizes = [batch.num_rows for batch in batches]
@@ -122,7 +122,7 @@ class FusedModel:
             if self._pools.get(part.member) is not context.pool:
                 self._stack.set_pools(self.make_pools(context.pool), part.member)
                 self._pools[part.member] = context.pool
-        slots = torch.cat([batch.slot_mapping for batch in batches])
+        slots = _behind([batch.slot_mapping for batch in batches])
         steps = [
             StepPart(part.member, part.batch.num_rows, part.batch.plan, pool)
             for part, pool in zip(parts, states, strict=True)
@@ -189,6 +189,11 @@ class FusedModel:
         qk = (qk * cos).add_(torch.cat((qk[..., half:], qk[..., :half]), dim=-1).mul_(sin))
         options = AttentionOptions(block.softmax_scale, block.softcap, block.sliding_window, block.sinks)
         return attend(index, qk[:, :-keys], qk[:, -keys:], v, context, options).flatten(1)
+
+
+def _behind(parts: Sequence[Tensor]) -> Tensor:
+    """One behind the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _add_norm(x: Tensor, residual: Tensor, norm: NormWeight) -> Tensor:

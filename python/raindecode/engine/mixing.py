@@ -63,7 +63,9 @@ def mixed_row(rows: Rows, mix: Mix, vocab_size: int) -> HostRow:
     z = h_b + sum_i w_i (h_i - h_b) with b the first model of weight != 0; -inf where a model of weight != 0 has it, and from
     `vocab_size` on.
     """
-    used = [(w, row.host[:vocab_size].astype(np.float64)) for w, row in zip(mix.weights, rows, strict=True) if w and row]
+    used = [
+        (w, row.host[:vocab_size].astype(np.float64)) for w, row in zip(mix.weights, rows, strict=True) if w and row
+    ]
     base = used[0][1]
     z = base.copy()
     banned = np.isneginf(base)
@@ -132,7 +134,9 @@ def weight_for_kl(reference: HostRow, aligned: HostRow, target: float, most: flo
 _ROUNDS, _KL_TOLERANCE = 60, 1e-6
 
 
-def _first_guess(at_zero: tuple[float, float], h: npt.NDArray[np.float64], delta: npt.NDArray[np.float64], target: float) -> float:
+def _first_guess(
+    at_zero: tuple[float, float], h: npt.NDArray[np.float64], delta: npt.NDArray[np.float64], target: float
+) -> float:
     """Near 0 the divergence is w^2 Var_0(delta) / 2."""
     p = np.exp(h - h.max())
     p /= p.sum()

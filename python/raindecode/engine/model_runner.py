@@ -130,16 +130,16 @@ class ModelRunner:
         fused = self.fused if self.fused is not None and self.fused.is_current else None
         if fused is not None and self.graphs is not None and len(parts) == 1 and not parts[0].member:
             batch, states = parts[0].batch, self._states_pool(0, fused.weights.embedding)
-            logits = self.graphs.forward(batch, list(wanted[0]), self.pool, states)
-            if logits is not None:
-                return logits
+            replayed = self.graphs.forward(batch, list(wanted[0]), self.pool, states)
+            if replayed is not None:
+                return replayed
         placed, rows, at = [], [], 0
         for part, mine in zip(parts, wanted, strict=True):
             batch, index = upload(part.batch, list(mine), self.device)
             placed.append(Part(part.member, batch))
             rows.append(index + at)
             at += batch.num_rows
-        index = torch.cat(rows)
+        index = rows[0] if len(rows) == 1 else torch.cat(rows)
         if not len(index):  # a model that is asked for no row gives those of all
             index = torch.zeros(1, dtype=torch.int64, device=self.device)
         contexts = [TreeContext(self._members[p.member].pool, p.batch.slot_mapping, p.batch.plan) for p in placed]
@@ -147,9 +147,9 @@ class ModelRunner:
             pools = [self._states_pool(part.member, fused.weights.embedding) for part in placed]
             return fused.forward(placed, contexts, index, pools)
         contexts[0].more = tuple(contexts[1:])
-        states, logits = self._forward_stock(placed, contexts[0], index)
-        if states is not None:
-            for part, own in zip(placed, states.split([part.batch.num_rows for part in placed]), strict=True):
+        final, logits = self._forward_stock(placed, contexts[0], index)
+        if final is not None:
+            for part, own in zip(placed, final.split([part.batch.num_rows for part in placed]), strict=True):
                 self._states_pool(part.member, own).index_copy_(0, part.batch.slot_mapping.long(), own)
         return logits
 

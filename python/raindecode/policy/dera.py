@@ -110,9 +110,7 @@ class DeRa:
                 "were loaded"
             )
         if self.kl is not None and aligned != 1:
-            raise ConfigError(
-                f"a KL target needs one aligned model, this decoder has {aligned}: give weights instead"
-            )
+            raise ConfigError(f"a KL target needs one aligned model, this decoder has {aligned}: give weights instead")
         if self.plausibility and self.plausibility_model >= num_models:
             raise ConfigError(
                 f"DeRa plausibility_model is {self.plausibility_model}; allowed: 0 to {aligned}, the models of this decoder"
