@@ -12,6 +12,7 @@ env.prepare_process()  # before torch is imported
 if TYPE_CHECKING:
     from raindecode.decoder import Decoder
     from raindecode.errors import (
+        AdapterError,
         CapacityError,
         ConfigError,
         EvaluatorError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         RainDecodeError,
         RequestCancelled,
         UnsupportedModelError,
+        VocabularyError,
     )
     from raindecode.policy.policy import Policy
     from raindecode.policy.prompt import ChatFormat
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ERRORS = (
-    "CapacityError", "ConfigError", "EvaluatorError", "ModelError", "NumericError", "PromptError", "RainDecodeError",
-    "RequestCancelled", "UnsupportedModelError",
+    "AdapterError", "CapacityError", "ConfigError", "EvaluatorError", "ModelError", "NumericError", "PromptError",
+    "RainDecodeError", "RequestCancelled", "UnsupportedModelError", "VocabularyError",
 )  # fmt: skip
 # Loaded when first asked for: importing torch and transformers takes seconds, `raindecode --help` should not.
 _HOME = {
@@ -56,6 +58,7 @@ _HOME = {
 
 __all__ = [
     "RAIN",
+    "AdapterError",
     "CallableEvaluator",
     "CapacityError",
     "ChatFormat",
@@ -77,6 +80,7 @@ __all__ = [
     "Stats",
     "TextEmbedder",
     "UnsupportedModelError",
+    "VocabularyError",
     "__version__",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "AdapterError",
     "CapacityError",
     "ConfigError",
     "EvaluatorError",
@@ -12,6 +13,7 @@ __all__ = [
     "RainDecodeError",
     "RequestCancelled",
     "UnsupportedModelError",
+    "VocabularyError",
 ]
 
 
@@ -33,6 +35,14 @@ class ModelError(RainDecodeError, ValueError):
 
 class UnsupportedModelError(ModelError):
     """The model loads, but the engine cannot serve its architecture; the message names it and the reason."""
+
+
+class AdapterError(ModelError):
+    """A LoRA adapter cannot be read, is of a kind that cannot be served, or is for another base model."""
+
+
+class VocabularyError(ModelError):
+    """Two models that decode together do not number the same tokens the same way."""
 
 
 class NumericError(RainDecodeError, FloatingPointError):
