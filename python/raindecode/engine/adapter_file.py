@@ -39,7 +39,7 @@ def read_adapter(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _find(path: str, name: str) -> Path | None:
     """The file of that name, or None where the folder or the repository lacks it."""
     local = Path(path).expanduser()
-    if local.exists():
+    if local.exists() and path.strip():  # an empty path would be the working directory
         if not local.is_dir():
             raise AdapterError(f"adapter {path!r} is a file: {_WHAT_TO_GIVE}")
         return local / name if (local / name).is_file() else None

@@ -23,6 +23,7 @@ _LARGEST_MULTIPLE = 1 << 14  # of the widths that padding makes
 
 # Text that splits differently where pieces, spaces, digits, accents or bytes are treated differently.
 _PROBES: Final = (
+    "Human: Then there is the question of how other people in the town are to know about it. Assistant: Tell them.",
     "Hello, world!  Two spaces,\n\na new line\tand 12345.67 numbers.",
     "naïve café, Ünïcödé, 東京, 한국어, мир, 🙂",
     "def f(x):\n    return x**2  # don't",
