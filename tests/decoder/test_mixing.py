@@ -144,7 +144,7 @@ def toy_decoder() -> tuple[Decoder, list[PreTrainedModel]]:
         num_key_value_heads=2, max_position_embeddings=32, bos_token_id=0, eos_token_id=1, initializer_range=0.25,
     )  # fmt: skip
     reference = stock_copy(LlamaForCausalLM(config).eval())
-    other = aligned_model(reference, seed=2, size=1.0)
+    other = aligned_model(reference, seed=2, size=1.7)
     twins = [stock_copy(reference), stock_copy(other)]
     return Decoder(reference, tokenizer, aligned=[(other, tokenizer)], kv_tokens=4000, max_concurrent=512), twins
 
