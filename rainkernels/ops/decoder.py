@@ -238,33 +238,3 @@ def _native_stack(w: StackWeights) -> Any:
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-# SHIM
-from typing import NamedTuple as _N, Sequence as _S
-from dataclasses import dataclass as _dc
-class LowRank(_N):
-    down: Tensor
-    up: Tensor
-    first: int
-    scale: float
-@_dc(frozen=True)
-class BlockUpdate:
-    qkv: tuple = ()
-    out: tuple = ()
-    gate_up: tuple = ()
-    down: tuple = ()
-class StepPart(_N):
-    member: int
-    rows: int
-    plan: AttentionPlan
-    states: Tensor | None = None
-_D = DecoderStack
-class DecoderStack(_D):
-    def __init__(self, w, adapters=()):
-        super().__init__(w)
-    def set_pools(self, pools, member=0):
-        assert member == 0
-        super().set_pools(pools)
-    def step(self, ids, positions, slots, parts, cos, sin, wanted):
-        (p,) = parts
-        return super().step(ids, positions, slots, p.plan, cos, sin, wanted, states=p.states)
