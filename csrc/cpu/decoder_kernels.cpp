@@ -247,9 +247,39 @@ void product(const Product& p, int64_t begin, int64_t end) {
   }
 }
 
+// Low-rank updates. Each output is one chain over the rank, in a lane of its own.
+template <int R>
+RK_ALWAYS inline void expand_rows(const Expansion& e, int64_t row, int64_t begin, int64_t end) {
+  const LowRank& part = *e.part;
+  const F16 scale = splat(part.scale);
+  const float* const u = e.u + row * e.u_stride;
+  for (int64_t b = begin; b < end; ++b) {
+    const float* const up = part.up + b * part.rank * 16;
+    F16 sums[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sums[r] = zero();
+    for (int j = 0; j < part.rank; ++j) {
+      const F16 w = load(up + j * 16);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[r] = fma(splat(u[r * e.u_stride + j]), w, sums[r]);
+    }
+    const int n = static_cast<int>(part.size - b * 16);
+    for (int r = 0; r < R; ++r) {
+      float* const y = e.y + (row + r) * e.y_stride + part.first + b * 16;
+      store_some(y, fma(scale, sums[r], load_some(y, n)), n);
+    }
+  }
+}
+
+void expand(const Expansion& e, int64_t begin, int64_t end) {
+  int64_t row = 0;
+  for (; row + 4 <= e.rows; row += 4) expand_rows<4>(e, row, begin, end);
+  for (; row < e.rows; ++row) expand_rows<1>(e, row, begin, end);
+}
+
 }  // namespace
 
-extern const DecoderKernels decoder_kernels{product, rotate_row, gated_row};
+extern const DecoderKernels decoder_kernels{product, expand, rotate_row, gated_row};
 
 }  // namespace RK_ISA
 }  // namespace rainkernels

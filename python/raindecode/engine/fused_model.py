@@ -20,7 +20,15 @@ from raindecode.engine.attention import AttentionOptions, KVPool, TreeContext, a
 from raindecode.engine.batch import TokenBatch
 from raindecode.engine.rotary import NotFusible, RotaryTable
 from raindecode.engine.snapshot import Snapshot
-from rainkernels.ops.decoder import BlockWeights, DecoderStack, LinearWeight, NormWeight, StackWeights, decoder_lane
+from rainkernels.ops.decoder import (
+    BlockWeights,
+    DecoderStack,
+    LinearWeight,
+    NormWeight,
+    StackWeights,
+    StepPart,
+    decoder_lane,
+)
 from rainkernels.ops.edits import add_edit_rmsnorm
 
 _BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -92,7 +100,8 @@ class FusedModel:
         if context.pool is not self._pool:
             self._stack.set_pools(self.make_pools(context.pool))
             self._pool = context.pool
-        return self._stack.step(ids, positions, batch.slot_mapping, context.plan, cos, sin, wanted, states=states)
+        parts = [StepPart(0, len(ids), context.plan, states)]
+        return self._stack.step(ids, positions, batch.slot_mapping, parts, cos, sin, wanted)
 
     def drop_pools(self) -> None:
         """Let go of the K/V pools of the last forward."""
