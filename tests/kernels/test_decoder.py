@@ -233,13 +233,14 @@ def test_a_row_of_nan_stays_alone(lane: str) -> None:
 
 PROGRAM = """
 import hashlib, raindecode, torch
-from rainkernels.testing.cases_decoder import CASES
+from rainkernels.testing.cases_decoder import CASES, together
 digest = hashlib.sha256()
 for case in CASES:
-    stack = case.stack(64)
+    stack = case.stack(64, adapters=[case.adapter(0), case.adapter(1)])
     assert stack._native is not None
-    digest.update(stack.step(*case.inputs((9, 1, 6))).numpy().tobytes())
-    digest.update(b"".join(pool.numpy().tobytes() for pair in stack._pools[0] for pool in pair))
+    steps = [case.inputs((9, 1, 6)), case.inputs((5, 2), 1, member=1), case.inputs((7,), 2, member=2)]
+    digest.update(stack.step(*together(*steps)).numpy().tobytes())
+    digest.update(b"".join(pool.numpy().tobytes() for pools in stack._pools for pair in pools for pool in pair))
 print(digest.hexdigest())
 """
 
