@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rainkernels._checks import check_int, check_real, check_tensor
-from rainkernels.errors import RangeError, ShapeError
+from rainkernels.errors import DtypeError, RangeError, ShapeError
 
 _CPU = torch.device("cpu")
 
@@ -66,6 +68,76 @@ class StackWeights:
     num_qo_heads: int
     num_kv_heads: int
     head_dim: int
+
+
+class LowRank(NamedTuple):
+    """A low-rank update of some outputs of a product: y[:, first : first + n] += scale (x down^T) up^T.
+
+    Shapes (float32):
+        down: [r, in], r >= 1
+        up:   [n, r]
+    first: the first output of the joined product that is updated; for k of `qkv` the number of q's rows.
+    """
+
+    down: Tensor
+    up: Tensor
+    first: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class BlockUpdate:
+    """What an adapter adds to the products of one block. Parts of one product have no output in common."""
+
+    qkv: tuple[LowRank, ...] = ()
+    out: tuple[LowRank, ...] = ()
+    gate_up: tuple[LowRank, ...] = ()
+    down: tuple[LowRank, ...] = ()
+
+
+UPDATED = ("qkv", "out", "gate_up", "down")
+
+
+def check_adapters(w: StackWeights, adapters: Sequence[Sequence[BlockUpdate]]) -> None:
+    """Raise a typed error that names the part unless every update fits its product."""
+    for a, blocks in enumerate(adapters):
+        if len(blocks) != len(w.blocks):
+            raise ShapeError(
+                f"adapters[{a}] has {len(blocks)} block updates, the stack {len(w.blocks)} blocks: give one each"
+            )
+        for i, (update, block) in enumerate(zip(blocks, w.blocks, strict=True)):
+            if not isinstance(update, BlockUpdate):
+                raise DtypeError(f"adapters[{a}].blocks[{i}] must be a BlockUpdate, got {type(update).__name__}")
+            for product in UPDATED:
+                linear: LinearWeight = getattr(block, product)
+                _check_update(f"adapters[{a}].blocks[{i}].{product}", getattr(update, product), linear.weight)
+
+
+def _check_update(name: str, parts: Sequence[LowRank], weight: Tensor) -> None:
+    outputs, inputs = weight.shape
+    taken: list[tuple[int, int, int]] = []  # first, end, index
+    for index, part in enumerate(parts):
+        at = f"{name}[{index}]"
+        check_tensor(f"{at}.down", part.down, dtype=torch.float32, shape=(None, inputs), device=_CPU)
+        rank = part.down.shape[0]
+        if not rank:
+            raise ShapeError(f"{at}.down has shape [0, {inputs}], expected a rank of 1 or more: leave the part out")
+        check_tensor(f"{at}.up", part.up, dtype=torch.float32, shape=(None, rank), device=_CPU)
+        size = part.up.shape[0]
+        check_int(f"{at}.first", part.first, 0)
+        if not 1 <= size <= outputs - part.first:
+            raise ShapeError(
+                f"{at}.up has {size} rows and begins at output {part.first}, the product has {outputs} outputs: give 1 row or "
+                "more that fit in"
+            )
+        check_real(f"{at}.scale", part.scale, "it must be finite in float32", signed=True)
+        taken.append((part.first, part.first + size, index))
+    taken.sort()
+    for (_, end, one), (first, _, other) in pairwise(taken):
+        if first < end:
+            raise RangeError(
+                f"{name}[{one}] ends before output {end}, {name}[{other}] begins at {first}: parts must have no output in common"
+            )
 
 
 def check_stack(w: StackWeights) -> None:

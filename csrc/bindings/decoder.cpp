@@ -6,9 +6,9 @@
 
 #include <array>
 #include <stdexcept>
+#include <tuple>
+#include <utility>
 #include <vector>
-
-#include "cpu/attention.h"
 
 namespace py = pybind11;
 using namespace rainkernels;
@@ -40,6 +40,34 @@ DecoderBlock make_block(const std::array<address, 13>& w, const std::array<doubl
   return b;
 }
 
+// Of one part of an update: address of up, first, size, rank, scale. Of a product: address of down, its parts.
+using PartSpec = std::tuple<address, int, int, int, double>;
+using UpdateSpec = std::pair<address, std::vector<PartSpec>>;
+// Of a block: updates of qkv, out, gate_up and down.
+using BlockSpec = std::array<UpdateSpec, 4>;
+
+LinearUpdate make_update(const UpdateSpec& spec) {
+  LinearUpdate update{at<const float>(spec.first), 0, {}};
+  for (const auto& [up, first, size, rank, scale] : spec.second) {
+    update.parts.push_back({at<const float>(up), first, size, rank, static_cast<float>(scale)});
+    update.rank += rank;
+  }
+  return update;
+}
+
+// Of a part of a step: member, rows, address of the layout, address of the states.
+using StepPartSpec = std::tuple<int, int, address, address>;
+
+std::vector<StepPart> make_parts(const DecoderStack& stack, const std::vector<StepPartSpec>& specs) {
+  std::vector<StepPart> parts;
+  for (const auto& [member, rows, layout, states] : specs) {
+    if (member < 0 || static_cast<size_t>(member) >= stack.pools.size())
+      throw std::invalid_argument("DecoderStack: there is no such member");
+    parts.push_back({member, rows, at<const int32_t>(layout), at<float>(states)});
+  }
+  return parts;
+}
+
 }  // namespace
 
 void bind_decoder(py::module_& m) {
@@ -57,48 +85,62 @@ void bind_decoder(py::module_& m) {
         stack.embedding = at<const float>(embedding);
         stack.norm = {at<const float>(norm), static_cast<float>(eps)};
         stack.head = {at<const float>(head), at<const float>(head_bias)};
+        stack.pools.resize(1);
         return stack;
       }))
       .def("add_block",
            [](DecoderStack& stack, const std::array<address, 13>& weights, const std::array<double, 5>& numbers,
               int64_t window) { stack.blocks.push_back(make_block(weights, numbers, window)); })
+      .def("add_adapter",
+           [](DecoderStack& stack, const std::vector<BlockSpec>& specs) {
+             if (specs.size() != stack.blocks.size())
+               throw std::invalid_argument("DecoderStack: expected one update per block");
+             Adapter adapter;
+             for (const BlockSpec& s : specs)
+               adapter.push_back({make_update(s[0]), make_update(s[1]), make_update(s[2]), make_update(s[3])});
+             stack.adapters.push_back(std::move(adapter));
+             stack.pools.resize(stack.adapters.size() + 1);
+           })
       .def("set_pools",
-           [](DecoderStack& stack, const std::vector<address>& k_pools, const std::vector<address>& v_pools) {
+           [](DecoderStack& stack, int member, const std::vector<address>& k_pools, const std::vector<address>& v_pools,
+              int64_t num_slots) {
              if (k_pools.size() != stack.blocks.size() || v_pools.size() != stack.blocks.size())
                throw std::invalid_argument("DecoderStack: expected one pair of pools per block");
+             MemberPools pools{{}, {}, num_slots};
              for (size_t i = 0; i < stack.blocks.size(); ++i) {
-               stack.blocks[i].k_pool = at<float>(k_pools[i]);
-               stack.blocks[i].v_pool = at<float>(v_pools[i]);
+               pools.k.push_back(at<float>(k_pools[i]));
+               pools.v.push_back(at<float>(v_pools[i]));
              }
+             stack.pools.at(member) = std::move(pools);
            })
-      .def("workspace_floats", [](const DecoderStack& stack, int rows,
-                                  int wanted) { return decoder_workspace_floats(stack.shape, rows, wanted); })
+      .def("workspace_floats",
+           [](const DecoderStack& stack, const std::vector<StepPartSpec>& parts, int wanted, int threads) {
+             return decoder_workspace_floats(stack, make_parts(stack, parts), wanted, threads);
+           })
       // The broken rule, 0 for none, and the first row that breaks it.
-      .def("step",
-           [](const DecoderStack& stack, address ids, address positions, address slots, int rows, address cos,
-              address sin, int64_t max_positions, int64_t num_slots, address layout, address attention_workspace,
-              address workspace, address states, address wanted, int num_wanted, address logits, int threads) {
-             const DecoderStep step{at<const int64_t>(ids),
-                                    at<const int64_t>(positions),
-                                    at<const int32_t>(slots),
-                                    rows,
-                                    at<const float>(cos),
-                                    at<const float>(sin),
-                                    max_positions,
-                                    num_slots,
-                                    at<const int32_t>(layout),
-                                    at<float>(attention_workspace),
-                                    at<float>(workspace),
-                                    at<float>(states),
-                                    at<const int64_t>(wanted),
-                                    num_wanted,
-                                    at<float>(logits),
-                                    threads};
-             StepFault fault{};
-             {
-               const py::gil_scoped_release release;
-               fault = decoder_step(stack, step);
-             }
-             return py::make_tuple(static_cast<int>(fault.rule), fault.index);
-           });
+      .def("step", [](const DecoderStack& stack, address ids, address positions, address slots, int rows,
+                      const std::vector<StepPartSpec>& specs, address cos, address sin, int64_t max_positions,
+                      address workspace, address wanted, int num_wanted, address logits, int threads) {
+        const std::vector<StepPart> parts = make_parts(stack, specs);
+        const DecoderStep step{at<const int64_t>(ids),
+                               at<const int64_t>(positions),
+                               at<const int32_t>(slots),
+                               rows,
+                               parts.data(),
+                               static_cast<int>(parts.size()),
+                               at<const float>(cos),
+                               at<const float>(sin),
+                               max_positions,
+                               at<float>(workspace),
+                               at<const int64_t>(wanted),
+                               num_wanted,
+                               at<float>(logits),
+                               threads};
+        StepFault fault{};
+        {
+          const py::gil_scoped_release release;
+          fault = decoder_step(stack, step);
+        }
+        return py::make_tuple(static_cast<int>(fault.rule), fault.index);
+      });
 }

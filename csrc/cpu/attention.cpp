@@ -14,8 +14,6 @@
 namespace rainkernels {
 namespace {
 
-// Multiply-adds below which waking a second thread costs more than it saves.
-constexpr double kSerialWork = 1.0e6;
 // 256 MiB of partials: a prefill that needs more has units enough.
 constexpr int64_t kMaxPartFloats = int64_t{1} << 26;
 
@@ -110,6 +108,13 @@ void set_value(void* v, int64_t i, float x, Dtype dtype) {
 
 }  // namespace
 
+double attention_work(const AttentionParams& p) {
+  const LayoutHeader& h = *LayoutView(p.layout).header;
+  const uint64_t pairs =
+      static_cast<uint64_t>(static_cast<uint32_t>(h.work_hi)) << 32 | static_cast<uint32_t>(h.work_lo);
+  return static_cast<double>(pairs) * p.num_qo_heads * (p.head_dim + p.head_dim_v);
+}
+
 int64_t attention_workspace_floats(const AttentionParams& p) {
   const LayoutHeader& h = *LayoutView(p.layout).header;
   const int64_t partials = splits_chunks(p, h) ? h.num_parts * part_floats(h.group, p.head_dim_v) * p.num_kv_heads : 0;
@@ -118,13 +123,9 @@ int64_t attention_workspace_floats(const AttentionParams& p) {
 
 void attention(const AttentionParams& p) {
   const LayoutView plan(p.layout);
-  const LayoutHeader& h = *plan.header;
-  const uint64_t pairs =
-      static_cast<uint64_t>(static_cast<uint32_t>(h.work_hi)) << 32 | static_cast<uint32_t>(h.work_lo);
-  const double work = static_cast<double>(pairs) * p.num_qo_heads * (p.head_dim + p.head_dim_v);
-  if (work < kSerialWork)
+  if (attention_work(p) < kSerialAttention)
     run_blocks(p, plan, 1);
-  else if (splits_chunks(p, h))
+  else if (splits_chunks(p, *plan.header))
     run_chunks(p, plan, p.num_threads);
   else
     run_blocks(p, plan, p.num_threads);

@@ -36,6 +36,9 @@ PlanCheck check_plan(const PlanInputs& in);
 AttentionForest order_forest(const PlanInputs& in);
 std::vector<int32_t> build_layout(const PlanInputs& in, int group);
 
+// Multiply-adds below which waking a second thread costs more than it saves.
+constexpr double kSerialAttention = 1.0e6;
+double attention_work(const AttentionParams& p);  // in multiply-adds
 int64_t attention_workspace_floats(const AttentionParams& p);
 void attention(const AttentionParams& p);
 void merge_state(const void* v_a, const float* lse_a, const void* v_b, const float* lse_b, void* v, float* lse,

@@ -33,13 +33,76 @@ const DecoderKernels& kernels() {
 
 // Multiplications below which waking a second thread costs more than it saves, and outputs a thread takes at a time.
 constexpr int64_t kSerialProduct = 1 << 19, kOutputs = 32;
+// Of the narrow products of low-rank updates: a tile of few rows.
+constexpr int64_t kNarrowOutputs = 8;
+
+// Neighbouring rows of one member with an adapter.
+struct Run {
+  const Adapter* adapter;
+  int64_t begin, rows;
+};
+
+std::vector<Run> runs_of(const DecoderStack& stack, const StepPart* parts, int num_parts) {
+  std::vector<Run> runs;
+  int64_t row = 0;
+  for (int i = 0; i < num_parts; row += parts[i++].rows) {
+    if (parts[i].member == 0 || parts[i].rows == 0) continue;
+    const Adapter* const adapter = &stack.adapters[parts[i].member - 1];
+    if (!runs.empty() && runs.back().adapter == adapter && runs.back().begin + runs.back().rows == row)
+      runs.back().rows += parts[i].rows;
+    else
+      runs.push_back({adapter, row, parts[i].rows});
+  }
+  return runs;
+}
+
+// The greatest rank of an update of one product.
+int64_t max_rank(const std::vector<Run>& runs) {
+  int rank = 0;
+  for (const Run& run : runs)
+    for (const BlockUpdate& b : *run.adapter)
+      rank = std::max({rank, b.qkv.rank, b.out.rank, b.gate_up.rank, b.down.rank});
+  return rank;
+}
+
+// Attention of all parts of a step, in their order.
+struct Attentions {
+  std::vector<AttentionParams> calls;
+  std::vector<int64_t> room;  // where the workspace of each begins
+  int64_t floats = 0;         // of all
+  // Each call alone would leave all threads but one idle: they run at the same time, one thread each.
+  bool together = false;
+
+  Attentions(const DecoderShape& s, const StepPart* parts, int num_parts, int threads) {
+    double most = 0.0, all = 0.0;
+    for (int i = 0; i < num_parts; ++i) {
+      AttentionParams p{};
+      p.layout = parts[i].layout;
+      p.num_qo_heads = s.num_qo_heads;
+      p.num_kv_heads = s.num_kv_heads;
+      p.head_dim = p.head_dim_v = s.head_dim;
+      p.dtype = Dtype::f32;
+      p.num_threads = threads;
+      calls.push_back(p);
+      const double work = attention_work(p);
+      most = std::max(most, work);
+      all += work;
+    }
+    together = threads > 1 && most < kSerialAttention && all >= kSerialAttention;
+    for (AttentionParams& p : calls) {
+      if (together) p.num_threads = 1;
+      room.push_back(together ? floats : 0);
+      floats = std::max(floats, room.back() + attention_workspace_floats(p));
+    }
+  }
+};
 
 // Pieces of the workspace.
 struct Room {
-  float *x, *residual, *normed, *qkv, *mixed, *gate_up, *gated, *wanted;
+  float *x, *residual, *normed, *qkv, *mixed, *gate_up, *gated, *wanted, *narrow, *attention;
   int64_t floats;
 
-  Room(const DecoderShape& s, int64_t rows, int64_t num_wanted, float* base) {
+  Room(const DecoderShape& s, int64_t rows, int64_t num_wanted, int64_t rank, int64_t attention_floats, float* base) {
     const int64_t heads = int64_t{s.num_qo_heads} * s.head_dim, keys = int64_t{s.num_kv_heads} * s.head_dim;
     floats = 0;
     const auto take = [&](int64_t size) {
@@ -55,14 +118,49 @@ struct Room {
     gate_up = take(rows * 2 * s.intermediate);
     gated = take(rows * s.intermediate);
     wanted = take(num_wanted * s.hidden);
+    narrow = take(rows * rank);
+    attention = take(attention_floats);
+  }
+};
+
+// The update of one run by one product: u = x down^T, then y += scale u up^T part by part.
+struct Update {
+  Product narrow;
+  const LinearUpdate* linear;
+  float* y;
+};
+
+// What the blocks of a step have in common.
+struct Pass {
+  const DecoderStack& stack;
+  const DecoderStep& step;
+  std::vector<Run> runs;
+  int64_t rank;
+  Attentions attentions;
+  Room room;
+  std::vector<Update> updates;  // of the product that runs
+
+  Pass(const DecoderStack& stack, const DecoderStep& step)
+      : stack(stack),
+        step(step),
+        runs(runs_of(stack, step.parts, step.num_parts)),
+        rank(max_rank(runs)),
+        attentions(stack.shape, step.parts, step.num_parts, step.num_threads),
+        room(stack.shape, step.rows, step.num_wanted, rank, attentions.floats, step.workspace) {
+    for (size_t i = 0; i < attentions.calls.size(); ++i)
+      attentions.calls[i].workspace = room.attention + attentions.room[i];
   }
 };
 
 StepFault check(const DecoderStack& stack, const DecoderStep& step) {
-  for (int r = 0; r < step.rows; ++r) {
-    if (step.ids[r] < 0 || step.ids[r] >= stack.shape.vocab) return {StepRule::id, r};
-    if (step.positions[r] < 0 || step.positions[r] >= step.max_positions) return {StepRule::position, r};
-    if (step.slots[r] < 0 || step.slots[r] >= step.num_slots) return {StepRule::slot, r};
+  int r = 0;
+  for (int i = 0; i < step.num_parts; ++i) {
+    const int64_t num_slots = stack.pools[step.parts[i].member].num_slots;
+    for (const int end = r + step.parts[i].rows; r < end; ++r) {
+      if (step.ids[r] < 0 || step.ids[r] >= stack.shape.vocab) return {StepRule::id, r};
+      if (step.positions[r] < 0 || step.positions[r] >= step.max_positions) return {StepRule::position, r};
+      if (step.slots[r] < 0 || step.slots[r] >= num_slots) return {StepRule::slot, r};
+    }
   }
   for (int i = 0; i < step.num_wanted; ++i)
     if (step.wanted[i] < 0 || step.wanted[i] >= step.rows) return {StepRule::wanted, i};
@@ -88,37 +186,48 @@ void add_norm(const Room& room, const RmsNorm& norm, int64_t rows, int hidden, i
   edits(p);
 }
 
-void attend(const DecoderStack& stack, const DecoderBlock& block, const DecoderStep& step, const Room& room) {
-  const DecoderShape& s = stack.shape;
-  const int64_t keys = int64_t{s.num_kv_heads} * s.head_dim, width = int64_t{s.num_qo_heads} * s.head_dim + 2 * keys;
+void attend(Pass& pass, size_t index) {
+  const DecoderShape& s = pass.stack.shape;
+  const DecoderBlock& block = pass.stack.blocks[index];
+  const DecoderStep& step = pass.step;
+  const Room& room = pass.room;
+  const int64_t heads = int64_t{s.num_qo_heads} * s.head_dim, keys = int64_t{s.num_kv_heads} * s.head_dim;
+  const int64_t width = heads + 2 * keys;
   const DecoderKernels& k = kernels();
-  // Rows that share a slot are padding: nothing reads what they leave there.
-  const bool parallel = step.rows * width > kSerialWork;
+  // All rows are in their slots before any attends: parts of one member see each other.
+  int64_t row = 0;
+  for (int i = 0; i < step.num_parts; ++i) {
+    const MemberPools& pools = pass.stack.pools[step.parts[i].member];
+    const int64_t end = row + step.parts[i].rows;
+    // Rows that share a slot are padding: nothing reads what they leave there.
+    const bool parallel = (end - row) * width > kSerialWork;
 #pragma omp parallel for schedule(static) num_threads(step.num_threads) if (parallel)
-  for (int r = 0; r < step.rows; ++r) {
-    const int64_t at = step.positions[r] * s.head_dim, slot = step.slots[r] * keys;
-    k.rotate_row(s, block, room.qkv + r * width, step.cos + at, step.sin + at, block.k_pool + slot,
-                 block.v_pool + slot);
+    for (int64_t r = row; r < end; ++r) {
+      const int64_t at = step.positions[r] * s.head_dim, slot = step.slots[r] * keys;
+      k.rotate_row(s, block, room.qkv + r * width, step.cos + at, step.sin + at, pools.k[index] + slot,
+                   pools.v[index] + slot);
+    }
+    AttentionParams& p = pass.attentions.calls[i];
+    p.q = room.qkv + row * width;
+    p.q_stride_row = width;
+    p.q_stride_head = s.head_dim;
+    p.k_pool = pools.k[index];
+    p.v_pool = pools.v[index];
+    p.out = room.mixed + row * heads;
+    p.sinks = block.sinks;
+    p.scale = block.scale;
+    p.softcap = block.softcap;
+    p.window = block.window;
+    row = end;
   }
-  AttentionParams p{};
-  p.q = room.qkv;
-  p.q_stride_row = width;
-  p.q_stride_head = s.head_dim;
-  p.k_pool = block.k_pool;
-  p.v_pool = block.v_pool;
-  p.out = room.mixed;
-  p.sinks = block.sinks;
-  p.workspace = step.attention_workspace;
-  p.layout = step.layout;
-  p.num_qo_heads = s.num_qo_heads;
-  p.num_kv_heads = s.num_kv_heads;
-  p.head_dim = p.head_dim_v = s.head_dim;
-  p.dtype = Dtype::f32;
-  p.scale = block.scale;
-  p.softcap = block.softcap;
-  p.window = block.window;
-  p.num_threads = step.num_threads;
-  attention(p);
+  const std::vector<AttentionParams>& calls = pass.attentions.calls;
+  if (pass.attentions.together) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(step.num_threads)
+    for (size_t i = 0; i < calls.size(); ++i) attention(calls[i]);
+  } else {  // outside of any region: inside of one, of one thread too, OpenMP starts new threads for each of
+            // attention's
+    for (const AttentionParams& p : calls) attention(p);
+  }
 }
 
 void gate(const DecoderShape& s, const DecoderStep& step, const Room& room) {
@@ -129,56 +238,101 @@ void gate(const DecoderShape& s, const DecoderStep& step, const Room& room) {
   for (int r = 0; r < step.rows; ++r) k.gated_row(room.gate_up + r * 2 * n, room.gated + r * n, s.intermediate);
 }
 
+// Thread i's part of n of a product, in pieces of `size` outputs.
+void share(const Product& p, int64_t size, int64_t i, int64_t n) {
+  const int64_t pieces = (p.out + size - 1) / size;
+  const int64_t begin = pieces * i / n * size, end = pieces * (i + 1) / n * size;
+  if (begin < end) kernels().product(p, begin, std::min(end, p.out));
+}
+
+// Thread i's part of n of a product and its updates, which touch neither other rows nor each other's outputs.
+void share_updated(const Product& p, const std::vector<Update>& updates, int64_t i, int64_t n) {
+  for (const Update& u : updates) share(u.narrow, kNarrowOutputs, i, n);
+  share(p, kOutputs, i, n);
+  if (updates.empty()) return;
+  if (n > 1) {
+#pragma omp barrier
+  }
+  for (const Update& u : updates) {
+    const float* narrow = u.narrow.y;
+    for (const LowRank& part : u.linear->parts) {
+      const int64_t blocks = (part.size + 15) / 16;
+      const Expansion e{&part, narrow, u.narrow.out, u.y, p.out, u.narrow.rows};
+      kernels().expand(e, blocks * i / n, blocks * (i + 1) / n);
+      narrow += part.rank;
+    }
+  }
+}
+
+void run_product(const Product& p, const std::vector<Update>& updates, int threads) {
+  if (p.rows == 0) return;  // an empty step, or nothing wanted
+  if (threads == 1 || p.rows * p.in * p.out < kSerialProduct) return share_updated(p, updates, 0, 1);
+#pragma omp parallel num_threads(threads)
+  share_updated(p, updates, omp_get_thread_num(), omp_get_num_threads());
+}
+
+// A product of block `index` over all rows, updated where they belong to a member with an adapter.
+void run_linear(Pass& pass, size_t index, Linear DecoderBlock::* linear, LinearUpdate BlockUpdate::* update,
+                const float* from, int64_t in, float* to, int64_t out) {
+  const Linear& base = pass.stack.blocks[index].*linear;
+  pass.updates.clear();
+  for (const Run& run : pass.runs) {
+    const LinearUpdate& u = (*run.adapter)[index].*update;
+    if (u.parts.empty()) continue;
+    float* const narrow = pass.room.narrow + run.begin * pass.rank;
+    pass.updates.push_back(
+        {{from + run.begin * in, u.down, nullptr, narrow, run.rows, in, u.rank}, &u, to + run.begin * out});
+  }
+  run_product({from, base.weight, base.bias, to, pass.step.rows, in, out}, pass.updates, pass.step.num_threads);
+}
+
 }  // namespace
 
 void linear_rows(const Linear& linear, const float* from, int64_t in, float* to, int64_t out, int64_t rows,
                  int threads) {
-  if (rows == 0) return;  // an empty step, or nothing wanted
-  const Product p{from, linear.weight, linear.bias, to, rows, in, out};
-  const DecoderKernels& k = kernels();
-  if (threads == 1 || rows * in * out < kSerialProduct) {
-    k.product(p, 0, out);
-    return;
-  }
-  const int64_t pieces = (out + kOutputs - 1) / kOutputs;
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-    const int64_t begin = pieces * i / n * kOutputs, end = pieces * (i + 1) / n * kOutputs;
-    if (begin < end) k.product(p, begin, std::min(end, out));
-  }
+  run_product({from, linear.weight, linear.bias, to, rows, in, out}, {}, threads);
 }
 
-int64_t decoder_workspace_floats(const DecoderShape& shape, int rows, int num_wanted) {
-  return Room(shape, rows, num_wanted, nullptr).floats;
+int64_t decoder_workspace_floats(const DecoderStack& stack, const std::vector<StepPart>& parts, int num_wanted,
+                                 int threads) {
+  const int count = static_cast<int>(parts.size());
+  int64_t rows = 0;
+  for (const StepPart& part : parts) rows += part.rows;
+  const Attentions attentions(stack.shape, parts.data(), count, threads);
+  const int64_t rank = max_rank(runs_of(stack, parts.data(), count));
+  return Room(stack.shape, rows, num_wanted, rank, attentions.floats, nullptr).floats;
 }
 
 StepFault decoder_step(const DecoderStack& stack, const DecoderStep& step) {
   const StepFault fault = check(stack, step);
   if (fault.rule != StepRule::ok) return fault;
+  Pass pass(stack, step);
   const DecoderShape& s = stack.shape;
-  const Room room(s, step.rows, step.num_wanted, step.workspace);
-  const int64_t rows = step.rows, heads = int64_t{s.num_qo_heads} * s.head_dim;
-  const int64_t width = heads + 2 * int64_t{s.num_kv_heads} * s.head_dim, row_bytes = sizeof(float) * s.hidden;
+  const Room& room = pass.room;
+  const int64_t rows = step.rows, hidden = s.hidden, heads = int64_t{s.num_qo_heads} * s.head_dim;
+  const int64_t width = heads + 2 * int64_t{s.num_kv_heads} * s.head_dim, row_bytes = sizeof(float) * hidden;
   for (int64_t r = 0; r < rows; ++r)
-    std::memcpy(room.x + r * s.hidden, stack.embedding + step.ids[r] * s.hidden, row_bytes);
+    std::memcpy(room.x + r * hidden, stack.embedding + step.ids[r] * hidden, row_bytes);
   std::memset(room.residual, 0, rows * row_bytes);
-  for (const DecoderBlock& block : stack.blocks) {
+  for (size_t i = 0; i < stack.blocks.size(); ++i) {
+    const DecoderBlock& block = stack.blocks[i];
     add_norm(room, block.attention_norm, rows, s.hidden, step.num_threads);
-    linear_rows(block.qkv, room.normed, s.hidden, room.qkv, width, rows, step.num_threads);
-    attend(stack, block, step, room);
-    linear_rows(block.out, room.mixed, heads, room.x, s.hidden, rows, step.num_threads);
+    run_linear(pass, i, &DecoderBlock::qkv, &BlockUpdate::qkv, room.normed, hidden, room.qkv, width);
+    attend(pass, i);
+    run_linear(pass, i, &DecoderBlock::out, &BlockUpdate::out, room.mixed, heads, room.x, hidden);
     add_norm(room, block.mlp_norm, rows, s.hidden, step.num_threads);
-    linear_rows(block.gate_up, room.normed, s.hidden, room.gate_up, 2 * int64_t{s.intermediate}, rows,
-                step.num_threads);
+    run_linear(pass, i, &DecoderBlock::gate_up, &BlockUpdate::gate_up, room.normed, hidden, room.gate_up,
+               2 * int64_t{s.intermediate});
     gate(s, step, room);
-    linear_rows(block.down, room.gated, s.intermediate, room.x, s.hidden, rows, step.num_threads);
+    run_linear(pass, i, &DecoderBlock::down, &BlockUpdate::down, room.gated, s.intermediate, room.x, hidden);
   }
   add_norm(room, stack.norm, rows, s.hidden, step.num_threads);
-  for (int64_t r = 0; step.states != nullptr && r < rows; ++r)
-    std::memcpy(step.states + step.slots[r] * int64_t{s.hidden}, room.normed + r * s.hidden, row_bytes);
+  for (int64_t i = 0, r = 0; i < step.num_parts; ++i)
+    for (const int64_t end = r + step.parts[i].rows; r < end; ++r)
+      if (step.parts[i].states != nullptr)
+        std::memcpy(step.parts[i].states + step.slots[r] * hidden, room.normed + r * hidden, row_bytes);
   for (int64_t i = 0; i < step.num_wanted; ++i)
-    std::memcpy(room.wanted + i * s.hidden, room.normed + step.wanted[i] * s.hidden, row_bytes);
+    std::memcpy(room.wanted + i * hidden, room.normed + step.wanted[i] * hidden, row_bytes);
   linear_rows(stack.head, room.wanted, s.hidden, step.logits, s.vocab, step.num_wanted, step.num_threads);
   return fault;
 }

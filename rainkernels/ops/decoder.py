@@ -4,26 +4,50 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rainkernels._checks import check_no_grad, check_outputs, check_tensor
-from rainkernels._decoder_weights import BlockWeights, LinearWeight, NormWeight, StackWeights, check_stack
+from rainkernels._checks import check_int, check_no_grad, check_outputs, check_tensor
+from rainkernels._decoder_weights import (
+    UPDATED,
+    BlockUpdate,
+    BlockWeights,
+    LinearWeight,
+    LowRank,
+    NormWeight,
+    StackWeights,
+    check_adapters,
+    check_stack,
+)
 from rainkernels._lanes import choose_lane, native
 from rainkernels.errors import DtypeError, RangeError, ShapeError
 from rainkernels.ops._attention_plan import AttentionPlan, layout_of
 from rainkernels.ops.attention import tree_attention
 from rainkernels.reference import decoder as reference
 
-__all__ = ["BlockWeights", "DecoderStack", "LinearWeight", "NormWeight", "StackWeights", "decoder_lane", "linear_rows"]
+__all__ = [
+    "BlockUpdate",
+    "BlockWeights",
+    "DecoderStack",
+    "LinearWeight",
+    "LowRank",
+    "NormWeight",
+    "StackWeights",
+    "StepPart",
+    "decoder_lane",
+    "linear_rows",
+]
 
 _CPU = torch.device("cpu")
 # Order shared with csrc/cpu/decoder.h (enum StepRule).
 _RULES = (
     "", "ids[{i}] is {value}, allowed: 0 to {vocab} - 1", "positions[{i}] is {value}, allowed: 0 to {positions} - 1",
-    "slots[{i}] is {value}, allowed: 0 to {slots} - 1", "wanted[{i}] is {value}, allowed: 0 to {rows} - 1",
+    "slots[{i}] is {value}, allowed: 0 to {slots} - 1 in the pools of member {member}",
+    "wanted[{i}] is {value}, allowed: 0 to {rows} - 1",
 )  # fmt: skip
 
 
@@ -71,31 +95,59 @@ def linear_rows(x: Tensor, linear: LinearWeight, out: Tensor | None = None) -> T
     return out
 
 
-class DecoderStack:
-    """The blocks of one model on the cpu, in float32.
+class StepPart(NamedTuple):
+    """Neighbouring rows of a step that belong to one member.
 
-    A block: x += out(attention(rotary(norm(qkv(norm(x)))))), x += down(silu(gate) * up). On the native lane a row's bits
-    do not depend on the other rows, on threads or on the instruction set.
+    member: 0 is the stack as it is, i the stack with adapter i - 1
+    rows:   how many
+    plan:   attention of these rows, over the slots of the member's pools
+    states: [num_slots of the member, hidden] float32; each row's final state, after the last norm, is written to its slot
+    """
+
+    member: int
+    rows: int
+    plan: AttentionPlan
+    states: Tensor | None = None
+
+
+class DecoderStack:
+    """The blocks of one model on the cpu, in float32, and of the same model with low-rank adapters.
+
+    A block: x += out(attention(rotary(norm(qkv(norm(x)))))), x += down(silu(gate) * up). An adapter adds low-rank updates
+    to its products. Rows of all members share a step's products, the updates reach the rows of their member only. On the
+    native lane a row's bits do not depend on the other rows, on threads or on the instruction set.
+
+    Args:
+        weights: read where they lie: what is changed in place is seen at the next step.
+        adapters: each one BlockUpdate per block. They are copied.
 
     Raises:
         DeviceError, DtypeError, ShapeError, StrideError, RangeError: naming the weight.
-    Source: Touvron et al., Llama, 2023.  Reference: rainkernels.reference.decoder.step
+    Source: Touvron et al., Llama, 2023; Hu et al., LoRA, 2021.  Reference: rainkernels.reference.decoder.step
     """
 
-    def __init__(self, weights: StackWeights) -> None:
+    def __init__(self, weights: StackWeights, adapters: Sequence[Sequence[BlockUpdate]] = ()) -> None:
         check_stack(weights)
+        check_adapters(weights, adapters)
         self.weights = weights
-        self._pools: list[tuple[Tensor, Tensor]] = []
-        self._num_slots = 0
+        self._pools: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(len(adapters) + 1)]  # none: not set
         self._room = torch.empty(0, dtype=torch.float32)
-        self._attention_room = torch.empty(0, dtype=torch.float32)
         self._native: Any = None
-        if decoder_lane() == "cpu":
-            self._native = _native_stack(weights)
+        with torch.no_grad():
+            if decoder_lane() == "cpu":
+                self._native, self._kept = _native_stack(weights, adapters)
+            else:
+                self._adapters = [[_copied(block) for block in blocks] for blocks in adapters]
 
-    def set_pools(self, pools: list[tuple[Tensor, Tensor]]) -> None:
-        """K and V pool of every block, [num_slots, num_kv_heads, head_dim] float32 each; steps write to them."""
+    @property
+    def num_members(self) -> int:
+        """1 and one per adapter."""
+        return len(self._pools)
+
+    def set_pools(self, pools: list[tuple[Tensor, Tensor]], member: int = 0) -> None:
+        """K and V pool of every block for one member, [num_slots, num_kv_heads, head_dim] float32 each; steps write to them."""
         w = self.weights
+        self._check_member("member", member)
         if len(pools) != len(w.blocks):
             raise ShapeError(f"{len(pools)} pairs of pools were given for {len(w.blocks)} blocks: give one each")
         slots: int | None = None  # as many as the first pool has
@@ -106,65 +158,74 @@ class DecoderStack:
                 check_tensor(f"pools[{i}].{name}", pool, dtype=torch.float32, shape=shape, device=_CPU)
                 check_no_grad(f"pools[{i}].{name}", pool)
                 slots = pool.shape[0]
-        assert slots is not None
-        self._pools, self._num_slots = list(pools), slots
+        self._pools[member] = list(pools)
         if self._native is not None:
-            self._native.set_pools([k.data_ptr() for k, _ in pools], [v.data_ptr() for _, v in pools])
+            self._native.set_pools(member, [k.data_ptr() for k, _ in pools], [v.data_ptr() for _, v in pools], slots)
 
     def drop_pools(self) -> None:
-        """Let go of the pools; steps raise until others are set."""
-        self._pools, self._num_slots = [], 0
+        """Let go of the pools of all members; steps raise until others are set."""
+        self._pools = [[] for _ in self._pools]
 
     def step(
-        self, ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, cos: Tensor, sin: Tensor, wanted: Tensor,
-        *, states: Tensor | None = None,
+        self, ids: Tensor, positions: Tensor, slots: Tensor, parts: Sequence[StepPart], cos: Tensor, sin: Tensor,
+        wanted: Tensor,
     ) -> Tensor:  # fmt: skip
         """Run rows of tokens through the blocks.
 
         Shapes:
-            ids, positions: [T] int64;  slots: [T] int32, where each row's K and V go
-            plan:     of these rows, over these slots
+            ids, positions: [T] int64;  slots: [T] int32, where each row's K and V go in the pools of its member
+            parts:    whose rows they are, in this order: together T. A member may occur again, a part have no rows. K and V
+                      of all rows are written before any row attends.
             cos, sin: [num_positions, head_dim] float32, the first half of every row of `sin` negative
-            wanted:   [n] int64, rows whose logits are wanted
-            states:   [num_slots, hidden] float32; each row's final state, after the last norm, is written to its slot
+            wanted:   [n] int64, rows (of all T) whose logits are wanted
         Returns:
             logits [n, vocab] float32
         Raises:
             DeviceError, DtypeError, ShapeError, StrideError, RangeError: naming the argument; nothing was written.
         """
         w = self.weights
-        rows, threads = self._check_step(ids, positions, slots, plan, cos, sin, wanted, states), torch.get_num_threads()
-        logits = torch.empty(len(wanted), w.head.weight.shape[0], dtype=torch.float32)
+        rows, threads = self._check_step(ids, positions, slots, parts, cos, sin, wanted), torch.get_num_threads()
         if self._native is None:
-            return self._reference(ids, positions, slots, plan, cos, sin, wanted, states)
-        layout = layout_of(plan, w.num_qo_heads // w.num_kv_heads)
-        sizes = (layout.data_ptr(), w.num_qo_heads, w.num_kv_heads, w.head_dim, w.head_dim, threads)
-        self._attention_room = _at_least(self._attention_room, native().attention_workspace_floats(*sizes))
-        self._room = _at_least(self._room, self._native.workspace_floats(rows, len(wanted)))
+            return self._reference(ids, positions, slots, parts, cos, sin, wanted)
+        logits = torch.empty(len(wanted), w.head.weight.shape[0], dtype=torch.float32)
+        group = w.num_qo_heads // w.num_kv_heads
+        layouts = [layout_of(part.plan, group) for part in parts]
+        made = [
+            (part.member, part.rows, layout.data_ptr(), _address(part.states))
+            for part, layout in zip(parts, layouts, strict=True)
+        ]
+        self._room = _at_least(self._room, self._native.workspace_floats(made, len(wanted), threads))
         rule, index = self._native.step(
-            ids.data_ptr(), positions.data_ptr(), slots.data_ptr(), rows, cos.data_ptr(), sin.data_ptr(), cos.shape[0],
-            self._num_slots, layout.data_ptr(), self._attention_room.data_ptr(), self._room.data_ptr(),
-            0 if states is None else states.data_ptr(), wanted.data_ptr(), len(wanted), logits.data_ptr(), threads,
+            ids.data_ptr(), positions.data_ptr(), slots.data_ptr(), rows, made, cos.data_ptr(), sin.data_ptr(), cos.shape[0],
+            self._room.data_ptr(), wanted.data_ptr(), len(wanted), logits.data_ptr(), threads,
         )  # fmt: skip
         if rule:
-            raise self._fault(rule, index, (ids, positions, slots, wanted), len(cos))
+            raise self._fault(rule, index, (ids, positions, slots, wanted), parts, len(cos))
         return logits
 
-    def _fault(self, rule: int, index: int, arguments: tuple[Tensor, ...], num_positions: int) -> RangeError:
+    def _num_slots(self, member: int) -> int:
+        return len(self._pools[member][0][0])
+
+    def _fault(
+        self, rule: int, index: int, arguments: tuple[Tensor, ...], parts: Sequence[StepPart], num_positions: int
+    ) -> RangeError:
+        members = [part.member for part in parts for _ in range(part.rows)]
+        member = members[index] if rule < len(arguments) else 0
         return RangeError(
             _RULES[rule].format(
                 i=index, value=int(arguments[rule - 1][index]), vocab=len(self.weights.embedding),
-                positions=num_positions, slots=self._num_slots, rows=len(arguments[0]),
+                positions=num_positions, slots=self._num_slots(member), member=member, rows=len(arguments[0]),
             )
         )  # fmt: skip
 
+    def _check_member(self, name: str, member: int) -> None:
+        check_int(name, member, 0, len(self._pools) - 1, hint="0 is the stack as it is, i has adapter i - 1")
+
     def _check_step(
-        self, ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, cos: Tensor, sin: Tensor, wanted: Tensor,
-        states: Tensor | None,
+        self, ids: Tensor, positions: Tensor, slots: Tensor, parts: Sequence[StepPart], cos: Tensor, sin: Tensor,
+        wanted: Tensor,
     ) -> int:  # fmt: skip
         w = self.weights
-        if not self._pools:
-            raise ShapeError("there are no pools yet: call set_pools() first")
         check_tensor("ids", ids, dtype=torch.int64, shape=(None,), device=_CPU)
         rows = ids.shape[0]
         check_tensor("positions", positions, dtype=torch.int64, shape=(rows,), device=_CPU)
@@ -172,31 +233,46 @@ class DecoderStack:
         check_tensor("cos", cos, dtype=torch.float32, shape=(None, w.head_dim), device=_CPU)
         check_tensor("sin", sin, dtype=torch.float32, shape=cos.shape, device=_CPU)
         check_tensor("wanted", wanted, dtype=torch.int64, shape=(None,), device=_CPU)
-        if states is not None:
-            hidden = w.embedding.shape[1]
-            check_tensor("states", states, dtype=torch.float32, shape=(self._num_slots, hidden), device=_CPU)
-            check_no_grad("states", states)
-        if not isinstance(plan, AttentionPlan):
-            raise DtypeError(f"plan must be an AttentionPlan from attention_plan(), got {type(plan).__name__}")
-        if plan.num_rows != rows:
-            raise ShapeError(f"ids has {rows} rows, the plan has {plan.num_rows}: build the plan from the same batch")
-        if plan.max_slot >= self._num_slots:
-            raise RangeError(f"plan names slot {plan.max_slot}, the pools have {self._num_slots}")
+        for i, part in enumerate(parts):
+            self._check_part(f"parts[{i}]", part)
+        if sum(part.rows for part in parts) != rows:
+            given = " + ".join(str(part.rows) for part in parts) or "no"
+            raise ShapeError(f"the parts have {given} rows, ids has {rows}: each row belongs to one part")
         return rows
 
-    def _reference(
-        self, ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, cos: Tensor, sin: Tensor, wanted: Tensor,
-        states: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        def attend(q: Tensor, k_pool: Tensor, v_pool: Tensor, block: BlockWeights) -> Tensor:
-            return tree_attention(
-                q, k_pool, v_pool, plan, softmax_scale=block.softmax_scale, softcap=block.softcap,
-                sliding_window=block.sliding_window, sinks=block.sinks,
-            )  # fmt: skip
+    def _check_part(self, name: str, part: StepPart) -> None:
+        if not isinstance(part, StepPart):
+            raise DtypeError(f"{name} must be a StepPart, got {type(part).__name__}")
+        self._check_member(f"{name}.member", part.member)
+        check_int(f"{name}.rows", part.rows, 0)
+        if not self._pools[part.member]:
+            raise ShapeError(f"member {part.member} has no pools yet: call set_pools(pools, {part.member}) first")
+        if not isinstance(part.plan, AttentionPlan):
+            raise DtypeError(
+                f"{name}.plan must be an AttentionPlan from attention_plan(), got {type(part.plan).__name__}"
+            )
+        if part.plan.num_rows != part.rows:
+            raise ShapeError(
+                f"{name} has {part.rows} rows, its plan has {part.plan.num_rows}: build the plan from the same batch"
+            )
+        num_slots = self._num_slots(part.member)
+        if part.plan.max_slot >= num_slots:
+            raise RangeError(
+                f"{name}.plan names slot {part.plan.max_slot}, the pools of member {part.member} have {num_slots}"
+            )
+        if part.states is not None:
+            shape = num_slots, self.weights.embedding.shape[1]
+            check_tensor(f"{name}.states", part.states, dtype=torch.float32, shape=shape, device=_CPU)
+            check_no_grad(f"{name}.states", part.states)
 
+    def _reference(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, parts: Sequence[StepPart], cos: Tensor, sin: Tensor,
+        wanted: Tensor,
+    ) -> Tensor:  # fmt: skip
         w = self.weights
         arguments = ids, positions, slots, wanted
-        limits = len(w.embedding), len(cos), self._num_slots, len(ids)
+        num_slots = torch.tensor([self._num_slots(part.member) for part in parts for _ in range(part.rows)])
+        limits: tuple[int | Tensor, ...] = len(w.embedding), len(cos), num_slots, len(ids)
         faults = []  # by row, then by rule; `wanted` last, as its entries are no rows
         for rule, (values, limit) in enumerate(zip(arguments, limits, strict=True), start=1):
             wrong = torch.nonzero((values < 0) | (values >= limit)).flatten()
@@ -204,19 +280,44 @@ class DecoderStack:
                 faults.append((rule == len(arguments), int(wrong[0]), rule))
         if faults:
             _, index, rule = min(faults)
-            raise self._fault(rule, index, arguments, len(cos))
+            raise self._fault(rule, index, arguments, parts, len(cos))
+        ends = list(accumulate(part.rows for part in parts))
+        members = [
+            reference.PartRows(
+                slice(end - part.rows, end), self._pools[part.member],
+                self._adapters[part.member - 1] if part.member else None, _attend(part.plan),
+            )
+            for part, end in zip(parts, ends, strict=True)
+        ]  # fmt: skip
         with torch.no_grad():
-            final, logits = reference.step(w, ids, positions, slots, self._pools, attend, cos, sin, wanted)
-            if states is not None:
-                states[slots.long()] = final
+            final, logits = reference.step(w, ids, positions, slots, members, cos, sin, wanted)
+            for part, member in zip(parts, members, strict=True):
+                if part.states is not None:
+                    part.states[slots[member.rows].long()] = final[member.rows]
         return logits
+
+
+def _attend(plan: AttentionPlan) -> reference.Attend:
+    def attend(q: Tensor, k_pool: Tensor, v_pool: Tensor, block: BlockWeights) -> Tensor:
+        return tree_attention(
+            q, k_pool, v_pool, plan, softmax_scale=block.softmax_scale, softcap=block.softcap,
+            sliding_window=block.sliding_window, sinks=block.sinks,
+        )  # fmt: skip
+
+    return attend
 
 
 def _at_least(room: Tensor, floats: int) -> Tensor:
     return room if len(room) >= floats else torch.empty(floats + floats // 4, dtype=torch.float32)
 
 
-def _native_stack(w: StackWeights) -> Any:
+def _copied(update: BlockUpdate) -> BlockUpdate:
+    parts = (getattr(update, name) for name in UPDATED)
+    return BlockUpdate(*(tuple(p._replace(down=p.down.clone(), up=p.up.clone()) for p in each) for each in parts))
+
+
+def _native_stack(w: StackWeights, adapters: Sequence[Sequence[BlockUpdate]]) -> tuple[Any, list[Tensor]]:
+    """The native stack, and the tensors that were made for it."""
     intermediate = w.blocks[0].down.weight.shape[1]
     vocab, hidden = w.embedding.shape
     shape = [hidden, intermediate, w.num_qo_heads, w.num_kv_heads, w.head_dim, vocab]
@@ -233,7 +334,24 @@ def _native_stack(w: StackWeights) -> Any:
         head_eps = 0.0 if block.q_norm is None else block.q_norm.eps
         numbers = (block.attention_norm.eps, head_eps, block.mlp_norm.eps, block.softmax_scale, block.softcap)
         stack.add_block([_address(t) for t in tensors], numbers, block.sliding_window)
-    return stack
+    kept: list[Tensor] = []
+    for blocks in adapters:
+        stack.add_adapter([[_native_update(getattr(update, name), kept) for name in UPDATED] for update in blocks])
+    return stack, kept
+
+
+def _native_update(parts: Sequence[LowRank], kept: list[Tensor]) -> tuple[int, list[tuple[int, int, int, int, float]]]:
+    """Address of the joined `down`s; of each part address of `up` [ceil(n / 16), r, 16], first, n, r, scale."""
+    if not parts:
+        return 0, []
+    kept.append(torch.cat([part.down for part in parts]))
+    down, made = kept[-1].data_ptr(), []
+    for part in parts:
+        size, rank = part.up.shape
+        up = torch.nn.functional.pad(part.up, (0, 0, 0, -size % 16)).view(-1, 16, rank).transpose(1, 2)
+        kept.append(up.clone(memory_format=torch.contiguous_format))
+        made.append((kept[-1].data_ptr(), part.first, size, rank, part.scale))
+    return down, made
 
 
 def _address(t: Tensor | None) -> int:

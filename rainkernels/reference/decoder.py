@@ -2,38 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from rainkernels._decoder_weights import BlockWeights, NormWeight, StackWeights
+from rainkernels._decoder_weights import BlockUpdate, BlockWeights, LinearWeight, LowRank, NormWeight, StackWeights
 
-__all__ = ["step"]
+__all__ = ["PartRows", "step"]
 
 # (query, k_pool, v_pool, block) -> [T, num_qo_heads, head_dim]: attention of a layer over the plan
 Attend = Callable[[Tensor, Tensor, Tensor, BlockWeights], Tensor]
 
 
+class PartRows(NamedTuple):
+    """Rows of one member: which, its K and V pools, what is added to its blocks (None: nothing), its attention."""
+
+    rows: slice
+    pools: Sequence[tuple[Tensor, Tensor]]
+    adapter: Sequence[BlockUpdate] | None
+    attend: Attend
+
+
 def step(
-    stack: StackWeights, ids: Tensor, positions: Tensor, slots: Tensor, pools: list[tuple[Tensor, Tensor]], attend: Attend,
-    cos: Tensor, sin: Tensor, wanted: Tensor,
+    stack: StackWeights, ids: Tensor, positions: Tensor, slots: Tensor, parts: Sequence[PartRows], cos: Tensor, sin: Tensor,
+    wanted: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Final states [T, hidden] and logits [n, vocab]. Shapes and dtypes as in `rainkernels.ops.decoder.DecoderStack.step`."""
+
+    def product(x: Tensor, index: int, name: str) -> Tensor:
+        weights: LinearWeight = getattr(stack.blocks[index], name)
+        y = linear(x, *weights)
+        for part in parts:
+            if part.adapter is not None:
+                _update(x[part.rows], y[part.rows], getattr(part.adapter[index], name))
+        return y
+
     x = stack.embedding[ids]
     turn = cos[positions][:, None], sin[positions][:, None]
-    for block, (k_pool, v_pool) in zip(stack.blocks, pools, strict=True):
-        heads = linear(_norm(x, block.attention_norm), *block.qkv).unflatten(1, (-1, stack.head_dim))
+    for i, block in enumerate(stack.blocks):
+        heads = product(_norm(x, block.attention_norm), i, "qkv").unflatten(1, (-1, stack.head_dim))
         q, k, v = heads.split([stack.num_qo_heads, stack.num_kv_heads, stack.num_kv_heads], dim=1)
         if block.q_norm is not None and block.k_norm is not None:
             q, k = _norm(q, block.q_norm), _norm(k, block.k_norm)
-        k_pool[slots.long()], v_pool[slots.long()] = _turned(k, *turn), v
-        x = x + linear(attend(_turned(q, *turn), k_pool, v_pool, block).flatten(1), *block.out)
-        gate, up = linear(_norm(x, block.mlp_norm), *block.gate_up).chunk(2, dim=-1)
-        x = x + linear(silu(gate) * up, *block.down)
+        q, k = _turned(q, *turn), _turned(k, *turn)
+        for part in parts:  # all before any attends: parts of one member see each other
+            at, (k_pool, v_pool) = slots[part.rows].long(), part.pools[i]
+            k_pool[at], v_pool[at] = k[part.rows], v[part.rows]
+        mixed = torch.empty_like(q)
+        for part in parts:
+            mixed[part.rows] = part.attend(q[part.rows], *part.pools[i], block)
+        x = x + product(mixed.flatten(1), i, "out")
+        gate, up = product(_norm(x, block.mlp_norm), i, "gate_up").chunk(2, dim=-1)
+        x = x + product(silu(gate) * up, i, "down")
     states = _norm(x, stack.norm)
     return states, linear(states[wanted], *stack.head)
+
+
+def _update(x: Tensor, y: Tensor, parts: Sequence[LowRank]) -> None:
+    for part in parts:
+        y[:, part.first : part.first + len(part.up)] += part.scale * linear(linear(x, part.down), part.up)
 
 
 def _norm(x: Tensor, norm: NormWeight) -> Tensor:

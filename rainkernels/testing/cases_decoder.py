@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rainkernels.ops.attention import AttentionPlan, attention_plan
-from rainkernels.ops.decoder import BlockWeights, DecoderStack, LinearWeight, NormWeight, StackWeights
+from rainkernels.ops.decoder import (
+    BlockUpdate,
+    BlockWeights,
+    DecoderStack,
+    LinearWeight,
+    LowRank,
+    NormWeight,
+    StackWeights,
+    StepPart,
+)
 
-__all__ = ["CASES", "DecoderCase", "StepInputs", "branches"]
+__all__ = ["CASES", "DecoderCase", "StepInputs", "branches", "merged", "rotary", "together"]
 
 
 class StepInputs(NamedTuple):
@@ -20,7 +31,7 @@ class StepInputs(NamedTuple):
     ids: Tensor
     positions: Tensor
     slots: Tensor
-    plan: AttentionPlan
+    parts: tuple[StepPart, ...]
     cos: Tensor
     sin: Tensor
     wanted: Tensor
@@ -65,14 +76,29 @@ class DecoderCase:
             head_dim=self.head_dim,
         )
 
-    def stack(self, num_slots: int, seed: int = 0) -> DecoderStack:
-        """A stack with pools of zeros."""
-        stack = DecoderStack(self.make(seed))
+    def adapter(self, seed: int = 0) -> tuple[BlockUpdate, ...]:
+        """Random updates of several ranks; none of k, nor of anything but `down` in every third block."""
+        g = torch.Generator().manual_seed(1000 + seed)
+        queries, keys = self.num_qo_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        made = []
+        for i in range(self.num_blocks):
+            down = (_low_rank(self.intermediate, 0, self.hidden, 4 + seed, g),)
+            q = _low_rank(self.hidden, 0, queries, 3, g)
+            v = _low_rank(self.hidden, queries + keys, keys, 17, g)
+            out = (_low_rank(queries, 0, self.hidden, 1, g),)
+            gate, up = (_low_rank(self.hidden, n * self.intermediate, self.intermediate, 8, g) for n in range(2))
+            made.append(BlockUpdate((v, q), out, (gate, up), down) if i % 3 != 2 else BlockUpdate(down=down))
+        return tuple(made)
+
+    def stack(self, num_slots: int, seed: int = 0, adapters: Sequence[Sequence[BlockUpdate]] = ()) -> DecoderStack:
+        """A stack with pools of zeros for every member."""
+        stack = DecoderStack(self.make(seed), adapters)
         shape = (num_slots, self.num_kv_heads, self.head_dim)
-        stack.set_pools([(torch.zeros(shape), torch.zeros(shape)) for _ in range(self.num_blocks)])
+        for member in range(stack.num_members):
+            stack.set_pools([(torch.zeros(shape), torch.zeros(shape)) for _ in range(self.num_blocks)], member)
         return stack
 
-    def inputs(self, lengths: tuple[int, ...], seed: int = 0) -> StepInputs:
+    def inputs(self, lengths: tuple[int, ...], seed: int = 0, member: int = 0) -> StepInputs:
         """A step of `branches(lengths)` from slot 1 on, the logits of the last row of each run wanted."""
         g = torch.Generator().manual_seed(seed)
         plan, positions = branches(lengths)
@@ -82,7 +108,7 @@ class DecoderCase:
             ids=torch.randint(self.vocab, (rows,), generator=g),
             positions=positions,
             slots=torch.arange(1, rows + 1, dtype=torch.int32),
-            plan=plan,
+            parts=(StepPart(member, rows, plan),),
             cos=cos,
             sin=sin,
             wanted=torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1,
@@ -107,6 +133,40 @@ class DecoderCase:
 
     def _norm(self, dim: int, g: torch.Generator) -> NormWeight:
         return NormWeight(1.0 + 0.2 * torch.randn(dim, generator=g), self.eps)
+
+
+def together(*steps: StepInputs) -> StepInputs:
+    """The rows of several steps in one; slots may meet where the members differ."""
+    firsts = accumulate((len(step.ids) for step in steps[:-1]), initial=0)
+    longest = max(steps, key=lambda step: len(step.cos))
+    return StepInputs(
+        ids=torch.cat([step.ids for step in steps]),
+        positions=torch.cat([step.positions for step in steps]),
+        slots=torch.cat([step.slots for step in steps]),
+        parts=tuple(part for step in steps for part in step.parts),
+        cos=longest.cos,
+        sin=longest.sin,
+        wanted=torch.cat([step.wanted + first for step, first in zip(steps, firsts, strict=True)]),
+    )
+
+
+def merged(weights: StackWeights, adapter: Sequence[BlockUpdate]) -> StackWeights:
+    """The weights with an adapter's updates added to them, in float64 and rounded once."""
+
+    def add(linear: LinearWeight, parts: Sequence[LowRank]) -> LinearWeight:
+        weight = linear.weight.double()
+        for part in parts:
+            weight[part.first : part.first + len(part.up)] += part.scale * (part.up.double() @ part.down.double())
+        return LinearWeight(weight.float(), linear.bias)
+
+    blocks = (
+        replace(
+            block, qkv=add(block.qkv, update.qkv), out=add(block.out, update.out),
+            gate_up=add(block.gate_up, update.gate_up), down=add(block.down, update.down),
+        )
+        for block, update in zip(weights.blocks, adapter, strict=True)
+    )  # fmt: skip
+    return replace(weights, blocks=tuple(blocks))
 
 
 def branches(lengths: tuple[int, ...]) -> tuple[AttentionPlan, Tensor]:
@@ -134,6 +194,11 @@ def rotary(num_positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
 def _linear(rows: int, columns: int, bias: bool, g: torch.Generator) -> LinearWeight:
     weight = torch.randn(rows, columns, generator=g) * columns**-0.5
     return LinearWeight(weight, torch.randn(rows, generator=g) if bias else None)
+
+
+def _low_rank(inputs: int, first: int, outputs: int, rank: int, g: torch.Generator) -> LowRank:
+    down = torch.randn(rank, inputs, generator=g) * inputs**-0.5
+    return LowRank(down, torch.randn(outputs, rank, generator=g) * rank**-0.5, first, 0.5)
 
 
 def _ints(values: list[int] | range) -> Tensor:

@@ -21,6 +21,7 @@ from rainkernels.ops.decoder import (
     LinearWeight,
     NormWeight,
     StackWeights,
+    StepPart,
     decoder_lane,
     linear_rows,
 )
@@ -47,13 +48,21 @@ def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def written(stack: DecoderStack) -> Tensor:
-    return torch.stack([pool for pair in stack._pools for pool in pair])
+    return torch.stack([pool for pools in stack._pools for pair in pools for pool in pair])
 
 
 def run(case: DecoderCase, inputs: StepInputs, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Logits, and all pools after the step."""
     stack = case.stack(SLOTS)
-    return stack.step(*inputs, states=states), written(stack)
+    return stack.step(*(inputs if states is None else with_states(inputs, states))), written(stack)
+
+
+def with_states(inputs: StepInputs, states: Tensor) -> StepInputs:
+    return inputs._replace(parts=tuple(part._replace(states=states) for part in inputs.parts))
+
+
+def with_plan(inputs: StepInputs, plan: Any) -> StepInputs:
+    return inputs._replace(parts=(inputs.parts[0]._replace(plan=plan),))
 
 
 # What it computes
@@ -147,8 +156,8 @@ def test_a_step_goes_on_where_the_last_one_ended() -> None:
             plan, row_segment=plan.row_segment[rows], row_position=plan.row_position[rows], num_rows=last - first
         )
         part = StepInputs(
-            whole.ids[rows], whole.positions[rows], whole.slots[rows], plan, whole.cos, whole.sin,
-            torch.tensor([last - first - 1]),
+            whole.ids[rows], whole.positions[rows], whole.slots[rows], (StepPart(0, last - first, plan),), whole.cos,
+            whole.sin, torch.tensor([last - first - 1]),
         )  # fmt: skip
         logits = stack.step(*part)
     assert torch.equal(logits, expected)
@@ -201,8 +210,9 @@ def test_a_row_keeps_its_bits(case: DecoderCase) -> None:
     for rows in (1, 2, 3, 7, 13, 17):
         plan, positions = branches((rows,))
         part = StepInputs(
-            inputs.ids[:rows], positions, inputs.slots[:rows], plan, inputs.cos, inputs.sin, torch.arange(rows)
-        )
+            inputs.ids[:rows], positions, inputs.slots[:rows], (StepPart(0, rows, plan),), inputs.cos, inputs.sin,
+            torch.arange(rows),
+        )  # fmt: skip
         assert torch.equal(run(case, part)[0], whole[:rows]), rows
 
 
@@ -223,13 +233,14 @@ def test_a_row_of_nan_stays_alone(lane: str) -> None:
 
 PROGRAM = """
 import hashlib, raindecode, torch
-from rainkernels.testing.cases_decoder import CASES
+from rainkernels.testing.cases_decoder import CASES, together
 digest = hashlib.sha256()
 for case in CASES:
-    stack = case.stack(64)
+    stack = case.stack(64, adapters=[case.adapter(0), case.adapter(1)])
     assert stack._native is not None
-    digest.update(stack.step(*case.inputs((9, 1, 6))).numpy().tobytes())
-    digest.update(b"".join(pool.numpy().tobytes() for pair in stack._pools for pool in pair))
+    steps = [case.inputs((9, 1, 6)), case.inputs((5, 2), 1, member=1), case.inputs((7,), 2, member=2)]
+    digest.update(stack.step(*together(*steps)).numpy().tobytes())
+    digest.update(b"".join(pool.numpy().tobytes() for pools in stack._pools for pair in pools for pool in pair))
 print(digest.hexdigest())
 """
 
@@ -270,18 +281,32 @@ BAD_STEPS: list[tuple[type[RainKernelsError], str, Change]] = [
     (RangeError, r"slots\[3\] is -1", at("slots", 3, -1)),
     (RangeError, r"wanted\[1\] is 6, allowed: 0 to 6 - 1", at("wanted", 1, 6)),
     (RangeError, r"positions\[0\] is -1", lambda i: at("ids", 3, -1)(at("positions", 0, -1)(i))),
-    (RangeError, r"plan names slot 70", lambda i: i._replace(plan=replace(i.plan, slots=i.plan.slots + 64))),
+    (
+        RangeError,
+        r"parts\[0\].plan names slot 70, the pools of member 0 have 64",
+        lambda i: with_plan(i, replace(i.parts[0].plan, slots=i.parts[0].plan.slots + 64)),
+    ),
     (DtypeError, "ids has dtype torch.int32", to("ids", Tensor.int)),
     (DtypeError, "positions has dtype", to("positions", Tensor.float)),
     (DtypeError, "slots has dtype torch.int64", to("slots", Tensor.long)),
     (DtypeError, "cos has dtype torch.float64", to("cos", Tensor.double)),
     (DtypeError, "ids must be a torch.Tensor, got list", to("ids", Tensor.tolist)),
-    (DtypeError, "plan must be an AttentionPlan", lambda i: i._replace(plan=None)),
+    (DtypeError, r"parts\[0\].plan must be an AttentionPlan", lambda i: with_plan(i, None)),
+    (DtypeError, r"parts\[0\] must be a StepPart, got tuple", lambda i: i._replace(parts=(tuple(i.parts[0]),))),
+    (DtypeError, r"parts\[0\].rows must be a Python int", lambda i: i._replace(parts=(i.parts[0]._replace(rows=6.0),))),
+    (RangeError, r"parts\[0\].rows is -1", lambda i: i._replace(parts=(i.parts[0]._replace(rows=-1),))),
+    (
+        RangeError,
+        r"parts\[0\].member is 1, allowed: 0..0",
+        lambda i: i._replace(parts=(i.parts[0]._replace(member=1),)),
+    ),
+    (ShapeError, "the parts have no rows, ids has 6", lambda i: i._replace(parts=())),
+    (ShapeError, r"the parts have 6 \+ 6 rows, ids has 6", lambda i: i._replace(parts=i.parts * 2)),
     (ShapeError, r"ids has rank 2", to("ids", lambda t: t[None])),
     (ShapeError, r"positions has shape \[5\], expected \[6\]", to("positions", lambda t: t[1:])),
     (ShapeError, r"sin has shape \[5, 8\]", to("sin", lambda t: t[:, :8])),
     (ShapeError, r"wanted has rank 0", to("wanted", lambda t: t[0])),
-    (ShapeError, "ids has 6 rows, the plan has 4", lambda i: i._replace(plan=branches((4,))[0])),
+    (ShapeError, r"parts\[0\] has 6 rows, its plan has 4", lambda i: with_plan(i, branches((4,))[0])),
     (StrideError, "slots has strides", to("slots", lambda t: t.repeat_interleave(2)[::2])),
 ]
 
@@ -294,10 +319,10 @@ def test_bad_steps_are_refused_and_write_nothing(
     stack, states = case.stack(SLOTS), torch.zeros(SLOTS, case.hidden)
     inputs = case.inputs((3, 2, 1))
     with pytest.raises(kind, match=text):
-        stack.step(*change(inputs), states=states)
+        stack.step(*change(with_states(inputs, states)))
     assert not written(stack).any()
     assert not states.any()
-    stack.step(*inputs, states=states)
+    stack.step(*with_states(inputs, states))
     assert states[1:7].any(dim=1).all()
 
 
@@ -306,7 +331,7 @@ def test_states_and_pools_are_checked(lane: str) -> None:
     stack, inputs = DecoderStack(case.make()), case.inputs((3,))
     pool = torch.zeros(SLOTS, case.num_kv_heads, case.head_dim)
     pairs = [(pool.clone(), pool.clone()) for _ in range(case.num_blocks)]
-    with pytest.raises(ShapeError, match=r"set_pools\(\) first"):
+    with pytest.raises(ShapeError, match=r"member 0 has no pools yet: call set_pools\(pools, 0\) first"):
         stack.step(*inputs)
     for bad, kind, text in (
         (pairs[:1], ShapeError, "1 pairs of pools were given for 2 blocks"),
@@ -325,7 +350,7 @@ def test_states_and_pools_are_checked(lane: str) -> None:
         (torch.zeros(SLOTS, case.hidden, requires_grad=True), DtypeError, "states requires grad"),
     ):
         with pytest.raises(kind, match=text):
-            stack.step(*inputs, states=states)
+            stack.step(*with_states(inputs, states))
 
 
 def block0(**changes: Any) -> Callable[[StackWeights], StackWeights]:

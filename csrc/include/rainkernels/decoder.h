@@ -24,23 +24,36 @@ struct DecoderBlock {
   const float* sinks;  // [num_qo_heads] or null
   float scale, softcap;
   int64_t window;
-  float *k_pool, *v_pool;  // [num_slots, num_kv_heads, head_dim]
+};
+
+// A low-rank update of some outputs of a product: y[:, first:first + size] += scale (x down^T) up^T
+struct LowRank {
+  const float* up;  // [size / 16 rounded up, rank, 16]: sixteen outputs at a time, 0 beyond size
+  int first, size, rank;
+  float scale;
 };
 
 struct DecoderShape {
   int hidden, intermediate, num_qo_heads, num_kv_heads, head_dim, vocab;
 };
 
+// Neighbouring rows of a step that belong to one member and attend by one plan over its pools.
+struct StepPart {
+  int member, rows;       // member 0: the stack as it is; i: with adapter i - 1
+  const int32_t* layout;  // of the attention plan
+  float* states;          // [num_slots of the member, hidden]: final states go to the rows' slots; null: not
+};
+
 // One step. Faults are the first row that breaks a rule.
 struct DecoderStep {
   const int64_t *ids, *positions;  // [rows]
-  const int32_t* slots;            // [rows], 0 to num_slots - 1
+  const int32_t* slots;            // [rows], 0 to num_slots - 1 of the row's member
   int rows;
+  const StepPart* parts;  // [num_parts], their rows are all rows
+  int num_parts;
   const float *cos, *sin;  // [max_positions, head_dim], the first half of sin negative
-  int64_t max_positions, num_slots;
-  const int32_t* layout;  // of the attention plan
-  float *attention_workspace, *workspace;
-  float* states;          // [num_slots, hidden]: final states are written to the rows' slots; null: not
+  int64_t max_positions;
+  float* workspace;
   const int64_t* wanted;  // [num_wanted] rows whose logits are wanted
   int num_wanted;
   float* logits;  // [num_wanted, vocab]
