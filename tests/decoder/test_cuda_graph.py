@@ -254,7 +254,7 @@ def test_a_replay_that_fails_is_an_error(engine: Engine) -> None:
     def broken() -> Tensor:
         raise RuntimeError("an illegal memory access was encountered")
 
-    graphs._steps[4].replay = broken
+    graphs._steps[(0,), 4].replay = broken
     with pytest.raises(RuntimeError, match="illegal memory access"):
         logits_after(engine, [random_tokens(4, 2)])
 

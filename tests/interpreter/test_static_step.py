@@ -61,7 +61,7 @@ def test_steps_of_any_number_of_rows_and_any_tree(static: Engine, plain: Engine)
     for paths in steps:
         ours, theirs = logits_after(static, paths), logits_after(plain, paths)
         np.testing.assert_allclose(np.stack(ours), np.stack(theirs), rtol=1e-4, atol=1e-4)
-    held = [step._plan.buffers for step in graphs._steps.values() if isinstance(step._plan, BufferedPlan)]
+    held = [plan.buffers for step in graphs._steps.values() for plan in step._plans if isinstance(plan, BufferedPlan)]
     assert graphs.replays == len(steps)
     assert graphs.captured == (1, 8)
     assert [(buffers.max_rows, buffers.plan is not None) for buffers in held] == [(8, True), (1, True)]

@@ -101,13 +101,23 @@ def stage(batch: TokenBatch, wanted: Sequence[int], rows: int, *, pinned: bool) 
     Rows past the batch's are padding: token 0 at position 0 in the trash slot. `pinned` memory is copied without the host
     waiting; torch gives it to nobody else before the copy is done.
     """
-    host = torch.zeros(4, rows, dtype=torch.int64, pin_memory=pinned)
-    used = batch.num_rows
-    host[0, :used] = batch.input_ids[0]
-    host[1, :used] = batch.position_ids[0]
-    host[2, :used] = batch.slot_mapping
-    host[2, used:] = TRASH_SLOT
-    host[3, : len(wanted)] = torch.tensor(wanted, dtype=torch.int64)
+    return stage_all([batch], [wanted], rows, pinned=pinned)
+
+
+def stage_all(batches: Sequence[TokenBatch], wanted: Sequence[Sequence[int]], rows: int, *, pinned: bool) -> Tensor:
+    """[4, rows * len(batches)] int64: as `stage`, `rows` for each batch and one batch behind the other.
+
+    Wanted rows are counted over all of them.
+    """
+    host = torch.zeros(4, rows * len(batches), dtype=torch.int64, pin_memory=pinned)
+    for i, batch in enumerate(batches):
+        own, used = host[:, rows * i : rows * (i + 1)], batch.num_rows
+        own[0, :used] = batch.input_ids[0]
+        own[1, :used] = batch.position_ids[0]
+        own[2, :used] = batch.slot_mapping
+        own[2, used:] = TRASH_SLOT
+    named = [rows * i + row for i, mine in enumerate(wanted) for row in mine]
+    host[3, : len(named)] = torch.tensor(named, dtype=torch.int64)
     return host
 
 

@@ -1,4 +1,5 @@
-"""Steps of a FusedModel as CUDA graphs, one per padded number of rows, over memory that stays where it is.
+"""Steps of a FusedModel as CUDA graphs, one per padded number of rows of the members that take part, over memory that stays
+where it is.
 
 A step of a small model on a fast GPU is mostly launches. A graph replays them all at once; what changes from step to step
 is copied to the addresses it was captured with: ids, positions and slots in one copy, the tree in another.
@@ -13,13 +14,13 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from raindecode.engine.attention import KVPool, TreeContext
-from raindecode.engine.batch import TokenBatch, stage
+from raindecode.engine.batch import Part, stage_all
 from raindecode.engine.fused_model import FusedModel
 from rainkernels.errors import RangeError
 from rainkernels.ops.attention import AttentionBuffers, AttentionPlan
@@ -34,6 +35,7 @@ _LEVELS = 2
 _PARTIAL_BYTES = 64 << 20  # of partial results that a graph may hold; steps over longer paths run uncaptured
 
 Run = Callable[[], Tensor]
+_Key: TypeAlias = "tuple[tuple[int, ...], int]"  # members, and padded rows of each
 # Takes a function of static memory, returns one that does the same again and gives the same static output.
 Capture = Callable[[Run], Run]
 
@@ -123,101 +125,122 @@ class StepGraphs:
         self._fused = fused
         self._capture = capture
         self._make_plan = make_plan
-        self._pool: KVPool | None = None
+        self._pools: dict[int, KVPool] = {}  # by member
         self._rotary: tuple[Tensor, Tensor] | None = None  # the tables that the graphs read
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[_Key, _Step] = {}
 
     @property
     def captured(self) -> tuple[int, ...]:
         """Numbers of rows that there is a graph for."""
-        return tuple(sorted(rows for rows, step in self._steps.items() if step.replay is not None))
+        return tuple(sorted(rows for (_, rows), step in self._steps.items() if step.replay is not None))
 
     def drop(self) -> None:
         """Forget all graphs: the pools they read and write are about to go."""
         self._steps.clear()
-        self._pool = self._rotary = None
+        self._pools.clear()
+        self._rotary = None
 
-    def forward(self, batch: TokenBatch, wanted: Sequence[int], pool: KVPool, states: Tensor) -> Tensor | None:
-        """Run a batch made on the host, from a graph.
+    def forward(
+        self, parts: Sequence[Part], wanted: Sequence[Sequence[int]], pools: Sequence[KVPool], states: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Run batches of different members, made on the host, from a graph.
 
         Args:
-            wanted: rows whose logits are wanted.
-            states: [num_slots, hidden_size]; final states are written to the rows' slots.
+            wanted: rows of each part whose logits are wanted.
+            pools, states: of each part's member; final states [num_slots, hidden_size] are written to the rows' slots.
         Returns:
-            Logits [len(wanted), vocabulary]; None where the step has to run uncaptured, and nothing was done.
+            Logits [n, vocabulary], one part's after the other's; None where the step has to run uncaptured, and nothing was
+            done.
         """
-        at = bisect_left(BUCKETS, batch.num_rows)
-        if self.failed is not None or at == len(BUCKETS) or len(wanted) > batch.num_rows:
+        at = bisect_left(BUCKETS, max(part.batch.num_rows for part in parts))
+        fits = all(len(rows) <= part.batch.num_rows for rows, part in zip(wanted, parts, strict=True))
+        members = tuple(part.member for part in parts)
+        if self.failed is not None or at == len(BUCKETS) or not fits or len(set(members)) < len(members):
             return None
-        if pool is not self._pool:
-            self.drop()
-            self._pool = pool
-        step = self._steps.get(BUCKETS[at])
+        for member, pool in zip(members, pools, strict=True):
+            if self._pools.setdefault(member, pool) is not pool:
+                self.drop()
+                self._pools[member] = pool
+        key = members, BUCKETS[at]
+        step = self._steps.get(key)
         if step is None or step.replay is None:
-            step = self._captured(BUCKETS[at], batch, wanted, pool, states)
-        elif not step.load(batch, wanted):
+            step = self._captured(key, parts, wanted, pools, states)
+        elif not step.load(parts, wanted):
             return None
         if step is None or step.replay is None:
             return None
         self.replays += 1
-        return self._fused.logits(step.replay(), step.inputs[3, : len(wanted)])
+        return self._fused.logits(step.replay(), step.inputs[3, : sum(map(len, wanted))])
 
     def _captured(
-        self, rows: int, batch: TokenBatch, wanted: Sequence[int], pool: KVPool, states: Tensor
-    ) -> _Step | None:
-        """The step of `rows` rows, loaded and captured; None where the batch does not fit or nothing can be captured."""
+        self, key: _Key, parts: Sequence[Part], wanted: Sequence[Sequence[int]], pools: Sequence[KVPool],
+        states: Sequence[Tensor],
+    ) -> _Step | None:  # fmt: skip
+        """The step of a key, loaded and captured; None where the batches do not fit or nothing can be captured."""
         try:
-            step = self._steps.get(rows)
+            step = self._steps.get(key)
             if step is None:
-                tables = self._tables(pool)
-                step = self._steps[rows] = _Step(rows, self._fused, batch, pool, states, tables, self._make_plan)
-            if not step.load(batch, wanted):
+                tables = self._tables(pools)
+                step = self._steps[key] = _Step(key[1], self._fused, parts, pools, states, tables, self._make_plan)
+            if not step.load(parts, wanted):
                 return None
             step.replay = self._capture(step.run)
             return step
         except Exception as error:  # of memory, a driver, a library: the step itself may still run
             self.failed = f"{type(error).__name__}: {error}"
             self.drop()
-            _log.warning("steps run without CUDA graphs: capturing %d rows failed (%s)", rows, self.failed)
+            _log.warning("steps run without CUDA graphs: capturing %d rows failed (%s)", key[1], self.failed)
             return None
 
-    def _tables(self, pool: KVPool) -> tuple[Tensor, Tensor]:
-        """Rotary tables that stay where they are for every position the pool or the model has room for."""
+    def _tables(self, pools: Sequence[KVPool]) -> tuple[Tensor, Tensor]:
+        """Rotary tables that stay where they are for every position the pools or the model have room for."""
+        slots = pools[0].num_slots
         if self._rotary is None:
-            self._rotary = self._fused.rotary.reserve(min(pool.num_slots, self._fused.context_length or pool.num_slots))
+            self._rotary = self._fused.rotary.reserve(min(slots, self._fused.context_length or slots))
+        for pool in pools:
             self._fused.make_pools(pool)  # before any capture, in memory of the stream that everything else runs on
         return self._rotary
 
 
 class _Step:
-    """One number of rows: static inputs, and the function of them that is captured."""
+    """One number of rows of each of some members: static inputs, and the function of them that is captured."""
 
     def __init__(
-        self, rows: int, fused: FusedModel, first: TokenBatch, pool: KVPool, states: Tensor,
+        self, rows: int, fused: FusedModel, parts: Sequence[Part], pools: Sequence[KVPool], states: Sequence[Tensor],
         tables: tuple[Tensor, Tensor], make_plan: MakePlan,
     ) -> None:  # fmt: skip
-        device = states.device
-        self.inputs = torch.zeros(4, rows, dtype=torch.int64, device=device)  # ids, positions, slots, wanted rows
+        device = states[0].device
+        # ids, positions, slots, one part's rows after the other's; then the wanted rows
+        self.inputs = torch.zeros(4, rows * len(parts), dtype=torch.int64, device=device)
         self.replay: Run | None = None
+        self._rows = rows
         self._fused = fused
-        self._states = states
+        self._states = list(states)
         self._tables = tables
-        self._plan = make_plan(rows, fused, len(tables[0]), pool.num_slots, device)
-        self._context = TreeContext(pool, first.slot_mapping, first.plan)
+        self._plans = [make_plan(rows, fused, len(tables[0]), pool.num_slots, device) for pool in pools]
+        self._contexts = [
+            TreeContext(pool, part.batch.slot_mapping, part.batch.plan) for pool, part in zip(pools, parts, strict=True)
+        ]
+        self._contexts[0].more = tuple(self._contexts[1:])
+        self._adapted = fused.adapted_rows([part.member for part in parts], [rows] * len(parts))
 
-    def load(self, batch: TokenBatch, wanted: Sequence[int]) -> bool:
+    def load(self, parts: Sequence[Part], wanted: Sequence[Sequence[int]]) -> bool:
         """Copy a step's numbers to where the graph reads them; False where it does not fit."""
-        if batch.max_position >= len(self._tables[0]) or not self._plan.load(batch.plan, self._context):
-            return False
-        host = stage(batch, wanted, self.inputs.shape[1], pinned=self.inputs.is_cuda)
+        for part, plan, context in zip(parts, self._plans, self._contexts, strict=True):
+            if part.batch.max_position >= len(self._tables[0]) or not plan.load(part.batch.plan, context):
+                return False
+        host = stage_all([part.batch for part in parts], wanted, self._rows, pinned=self.inputs.is_cuda)
         self.inputs.copy_(host, non_blocking=True)
         return True
 
     def run(self) -> Tensor:
-        """Final states [rows, hidden_size] of the static inputs; K/V and states of padding rows go to the trash slot."""
+        """Final states of the static inputs, a row each; K/V and states of padding rows go to the trash slot."""
         ids, positions, slots, _ = self.inputs
         cos, sin = self._tables
-        self._context.slot_mapping = slots.int()
-        final = self._fused.final_states(ids, cos[positions], sin[positions], self._context)
-        self._states.index_copy_(0, slots, final)
+        own = slots.split(self._rows)
+        for context, mine in zip(self._contexts, own, strict=True):
+            context.slot_mapping = mine.int()
+        final = self._fused.final_states(ids, cos[positions], sin[positions], self._contexts[0], self._adapted)
+        for pool, mine, rows in zip(self._states, own, final.split(self._rows), strict=True):
+            pool.index_copy_(0, mine, rows)
         return final

@@ -109,11 +109,7 @@ class FusedModel:
         if self._stack is None:
             contexts[0].more = tuple(contexts[1:])
             sizes = [batch.num_rows for batch in batches]
-            adapted = [
-                (slice(end - size, end), self._adapters[part.member - 1])
-                for part, size, end in zip(parts, sizes, accumulate(sizes), strict=True)
-                if part.member
-            ]
+            adapted = self.adapted_rows([part.member for part in parts], sizes)
             rows = self.final_states(ids, cos[positions], sin[positions], contexts[0], adapted)
             for batch, pool, own in zip(batches, states, rows.split(sizes), strict=True):
                 pool.index_copy_(0, batch.slot_mapping.long(), own)
@@ -128,6 +124,14 @@ class FusedModel:
             for part, pool in zip(parts, states, strict=True)
         ]
         return self._stack.step(ids, positions, slots, steps, cos, sin, wanted)
+
+    def adapted_rows(self, members: Sequence[int], sizes: Sequence[int]) -> list[AdaptedRows]:
+        """Where adapters apply, in rows of several members one behind the other."""
+        return [
+            (slice(end - size, end), self._adapters[member - 1])
+            for member, size, end in zip(members, sizes, accumulate(sizes), strict=True)
+            if member
+        ]
 
     def drop_pools(self) -> None:
         """Let go of the K/V pools of the last forward."""

@@ -128,9 +128,10 @@ class ModelRunner:
             Logits `[n, vocabulary]`, one part's after the other's. With no row named, what comes back means nothing.
         """
         fused = self.fused if self.fused is not None and self.fused.is_current else None
-        if fused is not None and self.graphs is not None and len(parts) == 1 and not parts[0].member:
-            batch, states = parts[0].batch, self._states_pool(0, fused.weights.embedding)
-            replayed = self.graphs.forward(batch, list(wanted[0]), self.pool, states)
+        if fused is not None:
+            pools = [self._members[part.member].pool for part in parts]
+            states = [self._states_pool(part.member, fused.weights.embedding) for part in parts]
+            replayed = None if self.graphs is None else self.graphs.forward(parts, wanted, pools, states)
             if replayed is not None:
                 return replayed
         placed, rows, at = [], [], 0
@@ -144,8 +145,7 @@ class ModelRunner:
             index = torch.zeros(1, dtype=torch.int64, device=self.device)
         contexts = [TreeContext(self._members[p.member].pool, p.batch.slot_mapping, p.batch.plan) for p in placed]
         if fused is not None:
-            pools = [self._states_pool(part.member, fused.weights.embedding) for part in placed]
-            return fused.forward(placed, contexts, index, pools)
+            return fused.forward(placed, contexts, index, states)
         contexts[0].more = tuple(contexts[1:])
         final, logits = self._forward_stock(placed, contexts[0], index)
         if final is not None:
