@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import raindecode
-from raindecode.commands.bench import PASSED_ON, rain
+from raindecode.commands.bench import PASSED_ON, dera, rain
 from raindecode.commands.common import guarded, quiet_libraries
 from raindecode.commands.demo import demo
 from raindecode.commands.doctor import doctor
@@ -33,6 +33,7 @@ bench = typer.Typer(
     no_args_is_help=True, help="Benchmarks of the source checkout; `--benchmarks DIR` says where it is."
 )
 bench.command("rain", context_settings=PASSED_ON, add_help_option=False)(guarded(rain))
+bench.command("dera", context_settings=PASSED_ON, add_help_option=False)(guarded(dera))
 app.add_typer(bench, name="bench")
 app.command("doctor")(guarded(doctor))
 app.command("demo")(guarded(demo))

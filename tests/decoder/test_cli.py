@@ -91,7 +91,7 @@ def refusal(result: Result) -> str:
     ("words", "expected"),
     [
         ([], ["generate", "eval", "bench", "doctor", "demo", "Exit codes"]),
-        (["bench"], ["rain", "What one RAIN answer costs"]),
+        (["bench"], ["rain", "What one RAIN answer costs", "dera", "What one token of DeRa costs"]),
         (["generate"], ["--search", "--preset", "--top-p", "--tree", "--no-exact", "Examples", "raindecode generate"]),
         (["eval"], ["--num-harmful", "--json", "Examples", "raindecode eval"]),
         (["doctor"], ["--model", "exit code 1"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -25,11 +26,26 @@ def rain(
 
     Options are those of benchmarks/bench_rain.py: `raindecode bench rain --help`.
     """
-    arguments = list(context.args)
+    _run("rain", context.args, benchmarks)
+
+
+def dera(
+    context: typer.Context,
+    benchmarks: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """What one token of DeRa costs, beside baselines on plain transformers.
+
+    Options are those of benchmarks/bench_dera.py: `raindecode bench dera --help`.
+    """
+    _run("dera", context.args, benchmarks)
+
+
+def _run(name: str, given: Sequence[str], benchmarks: str | None) -> None:
+    arguments = list(given)
     if {"-h", "--help"} & set(arguments):
         arguments = ["--help"]
-    script = benchmark_script("bench_rain.py", benchmarks)
-    failed = load_script(script).main(arguments, prog="raindecode bench rain")
+    script = benchmark_script(f"bench_{name}.py", benchmarks)
+    failed = load_script(script).main(arguments, prog=f"raindecode bench {name}")
     if failed:
         raise typer.Exit(failed)
 
@@ -49,7 +65,7 @@ def benchmark_script(name: str, folder: str | None) -> Path:
         )
         raise ConfigError(
             f"{given}: there is no {place / name}; clone the source and run it there, or give its folder: "
-            "raindecode bench rain --benchmarks CHECKOUT/benchmarks"
+            f"raindecode bench {name.removeprefix('bench_').removesuffix('.py')} --benchmarks CHECKOUT/benchmarks"
         )
     return place / name
 
