@@ -98,7 +98,8 @@ class Decoder:
             vocab_size=_shared_vocabulary(tokenizer, everyone) if adapters or aligned else None,
             kv_tokens=kv_tokens, exact=exact, max_tasks=max_concurrent, cuda_graphs=cuda_graphs,
         )  # fmt: skip
-        self.codec = Codec(tokenizer, _eos_ids(model, tokenizer))
+        ends = [_eos_ids(*one) for one in ((model, tokenizer), *aligned)]
+        self.codec = Codec(tokenizer, set().union(*ends))
 
     @classmethod
     def from_pretrained(

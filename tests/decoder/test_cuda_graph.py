@@ -29,6 +29,7 @@ from raindecode.engine import attention, batch, cuda_graph, fused_model, model_r
 from raindecode.engine.attention import KVPool, TreeContext
 from raindecode.engine.cuda_graph import BUCKETS, CudaCapture, Run, StepGraphs
 from raindecode.engine.engine import Engine
+from raindecode.engine.fused_adapter import FusedAdapter
 from raindecode.engine.loader import build_engine
 from raindecode.engine.rotary import RotaryTable
 from raindecode.engine.slots import TRASH_SLOT
@@ -305,12 +306,13 @@ def test_nothing_in_a_captured_step_reads_back() -> None:
     """By the source, since a CPU waits for nothing: no call that makes the host wait for a device."""
     captured = [
         fused_model.FusedModel.final_states, fused_model.FusedModel.logits, fused_model.FusedModel._attend,
-        fused_model._add_norm, fused_model._head_norm, attention.attend, cuda_graph._Step.run, cuda_graph._Step.load,
+        fused_model._add_norm, fused_model._head_norm, attention.attend, attention._attend_part, FusedAdapter.add_,
+        cuda_graph._Step.run, cuda_graph._Step.load,
     ]  # fmt: skip
     for function in captured:
         found = re.findall(_WAITS, inspect.getsource(function))
         assert not found, f"{function.__qualname__} has {found}"
-    assert re.findall(_WAITS, inspect.getsource(batch.stage)) == ["torch.tensor("]  # of a list, on the host
+    assert re.findall(_WAITS, inspect.getsource(batch.stage_all)) == ["torch.tensor("]  # of a list, on the host
 
 
 class Operations(TorchDispatchMode):

@@ -380,6 +380,15 @@ def test_models_of_other_tokens_are_refused(reference: PreTrainedModel, aligned:
         Decoder(copy.deepcopy(reference), byte_tokenizer(), aligned=[(narrow, byte_tokenizer())])
 
 
+def test_either_models_end_ends_an_answer(reference: PreTrainedModel, aligned: PreTrainedModel) -> None:
+    chat = byte_tokenizer()
+    chat.eos_token = "<pad>"
+    decoder = Decoder(
+        copy.deepcopy(reference), byte_tokenizer(), aligned=[(copy.deepcopy(aligned), chat)], kv_tokens=500
+    )
+    assert {0, 2} <= decoder.codec.eos_token_ids
+
+
 def test_nan_in_one_model_ends_only_the_requests_it_serves(
     reference: PreTrainedModel, aligned: PreTrainedModel
 ) -> None:
