@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         VocabularyError,
     )
+    from raindecode.policy.dera import DeRa
     from raindecode.policy.policy import Policy
     from raindecode.policy.prompt import ChatFormat
     from raindecode.search.embedder import HiddenStates, TextEmbedder
@@ -41,6 +42,7 @@ _ERRORS = (
 # Loaded when first asked for: importing torch and transformers takes seconds, `raindecode --help` should not.
 _HOME = {
     "Decoder": "decoder",
+    "DeRa": "policy.dera",
     "Policy": "policy.policy",
     "ChatFormat": "policy.prompt",
     "HiddenStates": "search.embedder",
@@ -65,6 +67,7 @@ __all__ = [
     "ClassifierEvaluator",
     "Completion",
     "ConfigError",
+    "DeRa",
     "Decoder",
     "EvaluatorError",
     "HiddenStates",

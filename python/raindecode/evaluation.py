@@ -14,6 +14,7 @@ from typing import Any, Final
 from raindecode import testbed
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
+from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
@@ -160,6 +161,7 @@ def evaluate_town(
     *,
     seed: int = 0,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    dera: DeRa | None = None,
     known: Mapping[int, Judged] | None = None,
     on_answer: Callable[[int, Judged], None] | None = None,
     progress: bool | None = None,
@@ -168,6 +170,7 @@ def evaluate_town(
 
     Args:
         search: a key of SEARCHES.
+        dera: how the decoder's models are mixed; None takes the reference alone.
         known: answers of an earlier run by request; these requests are not run.
         on_answer: called with (request, answer) as each other one finishes.
         progress: as in Decoder.generate.
@@ -185,7 +188,7 @@ def evaluate_town(
     left = [i for i in range(len(requests)) if i not in answers]
     chosen = SEARCHES[search]()
     asked = decoder.requests(
-        [requests[i].text for i in left], search=chosen, policy=Policy(prompt=RAIN.preset("town").format),
+        [requests[i].text for i in left], search=chosen, policy=Policy(prompt=RAIN.preset("town").format, dera=dera),
         max_new_tokens=max_new_tokens, seed=[seed + i for i in left],
     )  # fmt: skip
     failed: list[BaseException] = []

@@ -47,9 +47,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_llama(folder: Path) -> Path:
+def save_llama(folder: Path, seed: int = 0) -> Path:
     """A random Llama over bytes: short sentences of noise, but a whole model with its tokenizer."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=257,
         hidden_size=32,
