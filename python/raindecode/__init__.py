@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from raindecode.search.evaluator import CallableEvaluator, ClassifierEvaluator, JudgeTemplate, SelfEvaluation
     from raindecode.search.rain import RAIN
     from raindecode.search.sampling import Sampling
+    from raindecode.sweep import SweepPoint, SweepResult
     from raindecode.types import Completion, Stats
 
 __version__ = "0.1.0"
@@ -53,6 +54,8 @@ _HOME = {
     "SelfEvaluation": "search.evaluator",
     "RAIN": "search.rain",
     "Sampling": "search.sampling",
+    "SweepPoint": "sweep",
+    "SweepResult": "sweep",
     "Completion": "types",
     "Stats": "types",
     **dict.fromkeys(_ERRORS, "errors"),
@@ -81,6 +84,8 @@ __all__ = [
     "Sampling",
     "SelfEvaluation",
     "Stats",
+    "SweepPoint",
+    "SweepResult",
     "TextEmbedder",
     "UnsupportedModelError",
     "VocabularyError",
