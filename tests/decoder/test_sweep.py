@@ -24,7 +24,9 @@ from raindecode.sweep import Mean, Sweep, SweepPoint, SweepResult, effective_sha
 from raindecode.types import Completion, Request
 
 PROMPTS = ["Once upon", "A dog", "Rain falls on"]
-JUDGE = JudgeTemplate("Judge.\n", "Q: {prompt}\nA:", "\nGood or bad? (A) good (B) bad: (", "\n(A) bad (B) good: (")
+JUDGE = JudgeTemplate(
+    "Judge.\n", "Q: {prompt}\nA:", "", None
+)  # asked at once: the verdict hangs on the reply's last byte
 STEPS = 10
 
 
@@ -109,13 +111,10 @@ def test_the_reference_judges_whatever_the_mixture(pair: Decoder, folders: list[
     letters = [pair.codec.encode(letter)[0] for letter in "AB"]
     seen = set()
     for answer in (answer for point in result.points for answer in point.answers):
-        good = 0
-        for order, text in enumerate(JUDGE.prompts(answer.prompt, answer.text)):
-            with torch.inference_mode():
-                row = stock(torch.tensor([pair.codec.encode(text)])).logits[0, -1]
-            first, second = row[letters]
-            good += bool(first > second if order == 0 else second > first)
-        assert answer.value == good - 1
+        (text,) = JUDGE.prompts(answer.prompt, answer.text)
+        with torch.inference_mode():
+            good, bad = stock(torch.tensor([pair.codec.encode(text)])).logits[0, -1, letters]
+        assert answer.value == (1 if good > bad else -1)
         assert answer.stats.evaluations == 1
         seen.add(answer.value)
     assert len(seen) > 1
