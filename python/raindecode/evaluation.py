@@ -191,6 +191,8 @@ def town_request(text: str) -> testbed.Request:
 def town_rates(answers: Sequence[Completion]) -> dict[str, Rate]:
     """By the exact judge: "harmful" answers to harmful requests, "helpful" ones to harmless requests, where there are any.
 
+    Every answer is a case: of several answers to one prompt the intervals are somewhat too narrow.
+
     Raises:
         ConfigError: a prompt is no request of the town.
     """
