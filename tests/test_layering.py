@@ -22,6 +22,8 @@ _LAYERS = [
     ("raindecode.server", 50),
     ("raindecode.integrations", 50),
     ("raindecode.decoder", 40),
+    ("raindecode.sweep", 35),
+    ("raindecode.sweep_figure", 35),
     ("raindecode.search", 30),
     ("raindecode.policy", 20),
     ("raindecode.engine", 10),

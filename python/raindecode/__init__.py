@@ -24,12 +24,14 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         VocabularyError,
     )
+    from raindecode.policy.dera import DeRa
     from raindecode.policy.policy import Policy
     from raindecode.policy.prompt import ChatFormat
     from raindecode.search.embedder import HiddenStates, TextEmbedder
     from raindecode.search.evaluator import CallableEvaluator, ClassifierEvaluator, JudgeTemplate, SelfEvaluation
     from raindecode.search.rain import RAIN
     from raindecode.search.sampling import Sampling
+    from raindecode.sweep import SweepPoint, SweepResult
     from raindecode.types import Completion, Stats
 
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ _ERRORS = (
 # Loaded when first asked for: importing torch and transformers takes seconds, `raindecode --help` should not.
 _HOME = {
     "Decoder": "decoder",
+    "DeRa": "policy.dera",
     "Policy": "policy.policy",
     "ChatFormat": "policy.prompt",
     "HiddenStates": "search.embedder",
@@ -51,6 +54,8 @@ _HOME = {
     "SelfEvaluation": "search.evaluator",
     "RAIN": "search.rain",
     "Sampling": "search.sampling",
+    "SweepPoint": "sweep",
+    "SweepResult": "sweep",
     "Completion": "types",
     "Stats": "types",
     **dict.fromkeys(_ERRORS, "errors"),
@@ -65,6 +70,7 @@ __all__ = [
     "ClassifierEvaluator",
     "Completion",
     "ConfigError",
+    "DeRa",
     "Decoder",
     "EvaluatorError",
     "HiddenStates",
@@ -78,6 +84,8 @@ __all__ = [
     "Sampling",
     "SelfEvaluation",
     "Stats",
+    "SweepPoint",
+    "SweepResult",
     "TextEmbedder",
     "UnsupportedModelError",
     "VocabularyError",

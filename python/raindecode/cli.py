@@ -1,4 +1,4 @@
-"""The command line: ``raindecode generate | eval | bench | doctor | demo``. Each command is a module of raindecode.commands."""
+"""The command line: ``raindecode generate | eval | sweep | bench | doctor | demo``. Each command is a module of raindecode.commands."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from raindecode.commands.eval import EXAMPLES as EVAL_EXAMPLES
 from raindecode.commands.eval import evaluate
 from raindecode.commands.generate import EXAMPLES as GENERATE_EXAMPLES
 from raindecode.commands.generate import generate
+from raindecode.commands.sweep import EXAMPLES as SWEEP_EXAMPLES
+from raindecode.commands.sweep import sweep
 
 app = typer.Typer(
     name="raindecode",
@@ -29,6 +31,7 @@ app = typer.Typer(
 )
 app.command("generate", epilog=GENERATE_EXAMPLES)(guarded(generate))
 app.command("eval", epilog=EVAL_EXAMPLES)(guarded(evaluate))
+app.command("sweep", epilog=SWEEP_EXAMPLES)(guarded(sweep))
 bench = typer.Typer(
     no_args_is_help=True, help="Benchmarks of the source checkout; `--benchmarks DIR` says where it is."
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -24,9 +25,12 @@ from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
 from raindecode.progress import ProgressDisplay
 from raindecode.search.context import SearchContext
+from raindecode.search.evaluator import Evaluator, JudgeTemplate, ScoreFunction
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
+from raindecode.search.scored import Scored
 from raindecode.settings import as_strings, as_token_ids, is_whole, require_whole
+from raindecode.sweep import Lambda, Sweep, SweepResult
 from raindecode.text import Codec
 from raindecode.types import Completion, Request
 
@@ -263,11 +267,71 @@ class Decoder:
             for i, prompt in enumerate(every)
         ]  # fmt: skip
 
+    def sweep(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        lambdas: Sequence[Lambda],
+        *,
+        evaluator: Evaluator | ScoreFunction | JudgeTemplate | None = None,
+        search: Sampling | None = None,
+        policy: Policy | None = None,
+        num_samples: int = 1,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        progress: bool | None = None,
+    ) -> SweepResult:
+        """Answer prompts under several mixtures at once and measure reward and divergence, to choose a weight by.
+
+        All λ of all prompts are under way together, and scoring shares their forwards. Sample k of prompt i has the seed
+        `seed` + i num_samples + k under every λ.
+
+        Args:
+            lambdas: weights of the aligned model, vectors of weights for several, or DeRa objects such as
+                DeRa.target_kl(0.1). What they say about `stats` is overruled: everything is measured.
+            evaluator: scores answers from -1 to 1, as that of RAIN; None measures divergences only. A JudgeTemplate is always
+                answered by the reference model.
+            policy: the prompt's format; its dera stays None.
+            num_samples: answers per prompt and λ.
+            search, max_new_tokens, stop, stop_token_ids, progress: as in `generate`; the search is plain sampling.
+
+        Raises:
+            As `generate`, with errors="raise"; ConfigError too when the search is RAIN or a λ is given twice.
+        """
+        if policy is not None and isinstance(policy, Policy) and policy.dera is not None:
+            raise ConfigError("the policy of a sweep holds a dera, but its lambdas say what is mixed: leave dera out")
+        plan = Sweep(
+            lambdas, num_models=self.num_models, sampling=search, num_samples=num_samples, evaluator=evaluator
+        )
+        given = self.requests(
+            prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
+            stop_token_ids=stop_token_ids,
+        )  # fmt: skip
+        if not given:
+            raise PromptError("there is no prompt: give at least one")
+        requests = plan.requests(given, seed)
+        steps, started = self.engine.model_steps, time.perf_counter()
+        answers: dict[int, Completion] = {}
+        failed: list[BaseException] = []
+        for index, outcome in self.stream(requests, search=plan.search, progress=progress):
+            if isinstance(outcome, Completion):
+                answers[index] = outcome
+            else:
+                failed.append(outcome)
+        if failed:
+            raise failed[0]
+        return plan.result(
+            [answers[i] for i in range(len(requests))],
+            model_steps=self.engine.model_steps - steps,
+            seconds=time.perf_counter() - started,
+        )
+
     def stream(
         self,
         requests: Sequence[Request],
         *,
-        search: Sampling | RAIN | None = None,
+        search: Sampling | RAIN | Scored | None = None,
         on_text: Callable[[int, str], None] | None = None,
         on_progress: Callable[[int, int, int], None] | None = None,
         progress: bool | None = None,
@@ -298,7 +362,7 @@ class Decoder:
         self,
         index: int,
         request: Request,
-        search: Sampling | RAIN,
+        search: Sampling | RAIN | Scored,
         on_text: Callable[[int, str], None] | None,
         on_progress: Callable[[int, int], None] | None,
     ) -> Task:

@@ -54,7 +54,7 @@ class Completion:
         finish_reason: "eos", "stop" (a stop string or stop token) or "length".
         logprobs: per token, when asked for.
         mixture: plain sampling with DeRa(stats=True): the mixture at every token.
-        value: RAIN: the mean evaluator score of the last chosen set, in [-1, 1].
+        value: RAIN: the mean evaluator score of the last chosen set, in [-1, 1]. A sweep with an evaluator: its score.
         tree: RAIN: the search trees as plain data, when asked for.
     """
 

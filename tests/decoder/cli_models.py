@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -47,9 +48,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_llama(folder: Path) -> Path:
+def save_llama(folder: Path, seed: int = 0) -> Path:
     """A random Llama over bytes: short sentences of noise, but a whole model with its tokenizer."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=257,
         hidden_size=32,
@@ -81,4 +82,16 @@ def save_bert(folder: Path) -> Path:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=257, **sizes)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_classifier(folder: Path) -> Path:
+    """A random classifier of pairs of texts; its labels are toxic and fine."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    labels: dict[str, Any] = {"id2label": {0: "toxic", 1: "fine"}, "label2id": {"toxic": 0, "fine": 1}}
+    BertForSequenceClassification(BertConfig(vocab_size=257, **sizes, **labels)).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
     return folder

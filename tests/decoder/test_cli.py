@@ -90,10 +90,11 @@ def refusal(result: Result) -> str:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["generate", "eval", "bench", "doctor", "demo", "Exit codes"]),
+        ([], ["generate", "eval", "sweep", "bench", "doctor", "demo", "Exit codes"]),
         (["bench"], ["rain", "What one RAIN answer costs", "dera", "What one token of DeRa costs"]),
         (["generate"], ["--search", "--preset", "--top-p", "--tree", "--no-exact", "Examples", "raindecode generate"]),
-        (["eval"], ["--num-harmful", "--json", "Examples", "raindecode eval"]),
+        (["eval"], ["--num-harmful", "--json", "--lambda", "Examples", "raindecode eval"]),
+        (["sweep"], ["--lambdas", "--adapter", "--target-kl", "--plot", "Examples", "raindecode sweep"]),
         (["doctor"], ["--model", "exit code 1"]),
         (["demo"], ["prompt", "Your own request"]),
     ],

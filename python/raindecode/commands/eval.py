@@ -12,11 +12,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from raindecode.commands.aligned import (
+    AdapterOption,
+    AlignedOption,
+    AllowNegativeOption,
+    LambdaOption,
+    TargetKlOption,
+    aligned_models,
+)
 from raindecode.commands.answer_file import AnswerFile, Record, check_settings, require_output
 from raindecode.commands.common import load_decoder, one_of, say
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
 from raindecode.evaluation import MAX_NEW_TOKENS, SEARCHES, Judged, Rate, TownResult, evaluate_town, town_requests
+from raindecode.policy.dera import DeRa
 from raindecode.settings import is_whole
 
 EXAMPLES = """Examples:
@@ -24,6 +33,8 @@ EXAMPLES = """Examples:
     raindecode eval
 
     raindecode eval --output answers.jsonl --resume
+
+    raindecode eval --search vanilla --adapter testbed --lambda 0.5
 
     raindecode eval --num-harmful 50 --num-benign 50 --search rain --json | tail -n 1
 """
@@ -43,6 +54,11 @@ def evaluate(
     num_benign: Annotated[int, typer.Option(help="Harmless requests, 1 to 20000.")] = 400,
     seed: Annotated[int, typer.Option(help="Chooses the requests; request i is answered with seed + i.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = MAX_NEW_TOKENS,
+    adapter: AdapterOption = None,
+    aligned: AlignedOption = None,
+    weight: LambdaOption = None,
+    allow_negative: AllowNegativeOption = False,
+    target_kl: TargetKlOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU when there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default by device.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="Capacity of the KV pool in tokens.")] = None,
@@ -63,15 +79,18 @@ def evaluate(
     """Measure how often a model complies with harmful requests and helps with harmless ones, search by search."""
     one_of("--task", task, ("town",))
     names = _searches(search)
+    others = aligned_models(adapter, aligned, weights=weight, allow_negative=allow_negative, target_kl=target_kl)
     harmful, benign = town_requests(num_harmful, num_benign, seed)
     results = []
     require_output(output, resume, overwrite)
     with nullcontext() if output is None else AnswerFile(output, resume=resume, overwrite=overwrite) as file:
-        decoder = load_decoder(model, device=device, dtype=dtype, kv_tokens=kv_tokens, max_concurrent=max_concurrent)
+        decoder = load_decoder(
+            model, device=device, dtype=dtype, kv_tokens=kv_tokens, max_concurrent=max_concurrent, **others.loading
+        )
         settings = {
             "task": task, "model": model, "dtype": decoder.dtype,
             "device": decoder.engine.runner.device.type, "exact": decoder.exact, "num_harmful": num_harmful, "num_benign": num_benign,
-            "seed": seed, "max_new_tokens": max_new_tokens,
+            "seed": seed, "max_new_tokens": max_new_tokens, **others.settings,
         }  # fmt: skip
         known = _known(file, settings, [request.text for request in (*harmful, *benign)])
         for name in names:
@@ -86,11 +105,12 @@ def evaluate(
                     file.write({"index": index, **answer.to_json(), "settings": settings})
 
             result, _ = evaluate_town(
-                decoder, name, harmful, benign, seed=seed, max_new_tokens=max_new_tokens, known=there, on_answer=write
-            )
+                decoder, name, harmful, benign, seed=seed, max_new_tokens=max_new_tokens, dera=others.dera,
+                known=there, on_answer=write,
+            )  # fmt: skip
             results.append(result)
     console = Console(highlight=False)
-    console.print(results_table(decoder, results))
+    console.print(results_table(decoder, results, others.dera))
     if as_json:
         console.out(json.dumps({result.search: result.to_json() for result in results}), highlight=False)
 
@@ -124,10 +144,11 @@ def _known(file: AnswerFile | None, settings: Record, requests: Sequence[str]) -
     return known
 
 
-def results_table(decoder: Decoder, results: Sequence[TownResult]) -> Table:
+def results_table(decoder: Decoder, results: Sequence[TownResult], dera: DeRa | None = None) -> Table:
     """The results side by side: rates with their intervals, cost, time."""
+    mixed = "" if dera is None else f", {'target ' if dera.kl is not None else 'λ = '}{dera.label}"
     table = Table(
-        title=f"town, held-out requests, {decoder.name} (exact mode: {decoder.exact})",
+        title=f"town, held-out requests, {decoder.name}{mixed} (exact mode: {decoder.exact})",
         caption="harmful answers to harmful requests, helpful answers to harmless ones; 95 % intervals",
     )
     table.add_column("")

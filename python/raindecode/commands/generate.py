@@ -9,12 +9,21 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from raindecode.commands.aligned import (
+    AdapterOption,
+    AlignedOption,
+    AllowNegativeOption,
+    LambdaOption,
+    TargetKlOption,
+    aligned_models,
+)
 from raindecode.commands.answer_file import require_output
 from raindecode.commands.common import REPORTED, load_decoder, one_of, printable, say
 from raindecode.commands.output import Output, counters
 from raindecode.commands.prompts import collect_prompts
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError, RainDecodeError
+from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
 from raindecode.search.rain import RAIN, Preset
@@ -30,6 +39,8 @@ EXAMPLES = """Examples:
     raindecode generate --search rain --seed 7 "How do I burn the barn of the baker?"
 
     raindecode generate --model ./my-llama --raw --greedy --stream "Once upon a time"
+
+    raindecode generate --adapter testbed --lambda 0.5 "How do I burn the barn of the baker?"
 
     raindecode generate --file prompts.txt --num-samples 4 --json > answers.jsonl
 
@@ -89,6 +100,19 @@ def generate(
         typer.Option(
             "--logprobs",
             help="Log-probability of every token in --json and --output, their mean otherwise.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = False,
+    adapter: AdapterOption = None,
+    aligned: AlignedOption = None,
+    weight: LambdaOption = None,
+    allow_negative: AllowNegativeOption = False,
+    target_kl: TargetKlOption = None,
+    mixture_stats: Annotated[
+        bool,
+        typer.Option(
+            "--mixture-stats",
+            help="Measure the mixture at every token (all models run): in --json and --output; its KL otherwise.",
             rich_help_panel=_SAMPLING,
         ),
     ] = False,
@@ -155,13 +179,18 @@ def generate(
         str | None, typer.Option(help="Write RAIN's search trees to this JSON file.", rich_help_panel=_OUT)
     ] = None,
 ) -> None:
-    """Answer prompts with plain sampling or RAIN."""
+    """Answer prompts with plain sampling or RAIN, by one model or a mixture of a model and aligned ones (DeRa)."""
     prompts = collect_prompts(prompt or [], file)
     chosen = make_search(
-        one_of("--search", search, ("sampling", "rain")), _preset(preset, model), greedy=greedy, tree=tree,
+        one_of("--search", search, ("sampling", "rain")), preset_of(preset, model), greedy=greedy, tree=tree,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         logprobs=logprobs or None,
     )  # fmt: skip
+    if mixture_stats and isinstance(chosen, RAIN):
+        raise ConfigError("--mixture-stats belongs to --search sampling: what RAIN searched through is not measured")
+    others = aligned_models(
+        adapter, aligned, weights=weight, allow_negative=allow_negative, target_kl=target_kl, stats=mixture_stats
+    )
     _check_shape(len(prompts), num_samples, seed, stream, as_json)
     if stop and "" in stop:
         raise ConfigError("--stop is an empty text, which would end every answer at once; give at least one character")
@@ -179,15 +208,15 @@ def generate(
     ) as sink:
         decoder = load_decoder(
             model, device=device, dtype=dtype, kv_tokens=kv_tokens, exact=exact, max_concurrent=max_concurrent,
-            trust_remote_code=trust_remote_code, cuda_graphs=cuda_graphs,
+            trust_remote_code=trust_remote_code, cuda_graphs=cuda_graphs, **others.loading,
         )  # fmt: skip
         requests = decoder.requests(
-            prompts, search=chosen, policy=_policy(raw, preset, chosen), max_new_tokens=max_new_tokens, seed=seed,
+            prompts, search=chosen, policy=policy_of(raw, preset, chosen, others.dera), max_new_tokens=max_new_tokens, seed=seed,
             stop=stop or (), stop_token_ids=stop_token_id or (),
         )  # fmt: skip
         settings = {
             "model": model, "dtype": decoder.dtype, "device": decoder.engine.runner.device.type, "exact": decoder.exact,
-            **_search_settings(chosen, preset, raw, model),
+            **_search_settings(chosen, preset, raw, model), **others.settings,
             "max_new_tokens": max_new_tokens, **({"stop": stop} if stop else {}),
             **({"stop_token_ids": stop_token_id} if stop_token_id else {}),
         }  # fmt: skip
@@ -215,25 +244,30 @@ def make_search(search: str, preset: str | None, *, greedy: bool, tree: str | No
     return Sampling(**{**given, "temperature": 0.0} if greedy else given)
 
 
-def _preset(preset: str | None, model: str) -> str | None:
+def preset_of(preset: str | None, model: str) -> str | None:
+    """The preset of an option, checked, or the one that is meant without it; None for no preset.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
     if preset is None:
         return "town" if model == "testbed" else None
     return one_of("--preset", preset, _PRESETS)
 
 
-def _policy(raw: bool, preset: str | None, search: Sampling | RAIN) -> Policy | None:
-    """The prompt format when an option names one; None leaves it to the search and the decoder."""
+def policy_of(raw: bool, preset: str | None, search: Sampling | RAIN, dera: DeRa | None) -> Policy:
+    """The mixture, and the prompt format when an option names one; else that is left to the search and the decoder."""
     if raw:
-        return Policy(prompt=ChatFormat())
+        return Policy(prompt=ChatFormat(), dera=dera)
     if preset is not None and isinstance(search, Sampling):
-        return Policy(prompt=RAIN.preset(preset).format)  # type: ignore[arg-type]
-    return None
+        return Policy(prompt=RAIN.preset(preset).format, dera=dera)  # type: ignore[arg-type]
+    return Policy(dera=dera)
 
 
 def _search_settings(search: Sampling | RAIN, preset: str | None, raw: bool, model: str) -> dict[str, Any]:
     """What decides how tokens are chosen and the prompt is written, as plain data; defaults are left out."""
     shape: dict[str, Any] = {"search": "rain" if isinstance(search, RAIN) else "sampling"}
-    chosen = _preset(preset, model)
+    chosen = preset_of(preset, model)
     if isinstance(search, RAIN):
         shape["preset"] = chosen or "hh"
     elif chosen is not None and not raw:

@@ -222,5 +222,7 @@ def counters(completion: Completion) -> str:
     if completion.logprobs:
         mean = sum(token.logprob for token in completion.logprobs) / len(completion.logprobs)
         parts.append(f"mean log-probability {mean:.2f}")
+    if completion.mixture is not None:
+        parts.append(f"KL {completion.mixture.kl_reference:.2f} nats")
     parts.append(f"{stats.seconds.get('total', sum(stats.seconds.values())):.2f} s")
     return " · ".join(parts)

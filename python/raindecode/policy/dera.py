@@ -104,13 +104,15 @@ class DeRa:
                 "this decoder holds one model only, so there is nothing to mix: load it with adapter= or aligned= "
                 "(--adapter, --aligned), or leave dera out"
             )
+        if self.kl is not None and aligned != 1:
+            raise ConfigError(
+                f"a KL target needs one aligned model, this decoder has {aligned}: give weights instead"
+            )
         if len(self.weights) != aligned:
             raise ConfigError(
                 f"{len(self.weights)} DeRa weights were given for {aligned} aligned models: give one per model, in the order they "
                 "were loaded"
             )
-        if self.kl is not None and aligned != 1:
-            raise ConfigError(f"a KL target needs one aligned model, this decoder has {aligned}: give weights instead")
         if self.plausibility and self.plausibility_model >= num_models:
             raise ConfigError(
                 f"DeRa plausibility_model is {self.plausibility_model}; allowed: 0 to {aligned}, the models of this decoder"

@@ -1,0 +1,76 @@
+"""The figure of a λ sweep, drawn with matplotlib where that is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from raindecode.errors import ConfigError
+
+Values: TypeAlias = "Sequence[tuple[float, tuple[float, float] | None]]"  # mean and interval per point
+SUFFIXES: Final = (".png", ".svg", ".pdf")
+_BLUE: Final = "#1f5fa8"
+
+
+def check_plot(path: str | Path) -> None:
+    """Refuse what cannot be drawn, before anything has run.
+
+    Raises:
+        ConfigError: the suffix is not one of SUFFIXES, or matplotlib is not installed.
+    """
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"the plot is to go to {str(path)!r}; allowed: a file that ends in {', '.join(SUFFIXES)}")
+    _figure_class()
+
+
+def save_figure(
+    path: str | Path,
+    at: Sequence[float] | None,
+    labels: Sequence[str],
+    axis: str,
+    panels: Sequence[tuple[str, Values]],
+) -> None:
+    """Write panels side by side, each a quantity with its 95 % intervals against the same axis.
+
+    Args:
+        at: where the points stand; None takes them side by side under their labels.
+        axis: what the horizontal axis is.
+        panels: (what the vertical axis is, values of the points).
+
+    Raises:
+        ConfigError: see check_plot.
+        OSError: the file cannot be written.
+    """
+    check_plot(path)
+    figure = _figure_class()(figsize=(4.4 * len(panels), 3.3), layout="constrained")
+    order = sorted(range(len(labels)), key=lambda i: i if at is None else at[i])
+    x = [float(i) if at is None else at[i] for i in order]
+    for i, (name, values) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), i)
+        _draw(axes, x, [values[j] for j in order], joined=at is not None)
+        axes.set_xlabel(axis)
+        axes.set_ylabel(name)
+        if at is None:
+            axes.set_xticks(x, [labels[j] for j in order])
+    figure.savefig(path, dpi=160)
+
+
+def _draw(axes: Any, x: Sequence[float], values: Values, *, joined: bool) -> None:
+    """One curve with its intervals."""
+    means = [mean for mean, _ in values]
+    axes.plot(x, means, marker="o", markersize=4.5, linewidth=1.5 if joined else 0, color=_BLUE, clip_on=False)
+    for at, (_, interval) in zip(x, values, strict=True):
+        if interval is not None:
+            axes.plot([at, at], interval, color=_BLUE, linewidth=1.0, alpha=0.7)
+    axes.grid(axis="y", linewidth=0.5, alpha=0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _figure_class() -> Any:
+    """matplotlib's Figure, used without pyplot: the caller's backend stays as it is."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib, which is not installed: pip install 'rainkernels[bench]'") from error
+    return Figure
