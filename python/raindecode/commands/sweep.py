@@ -152,6 +152,7 @@ def sweep(
     models = [*(adapter or ()), *(aligned or ())]
     if not models:
         raise ConfigError("a sweep mixes --model with aligned models: name at least one with --adapter or --aligned")
+    named = [f"adapter {name}" for name in adapter or ()] + list(aligned or ())
     points = _points(lambdas, len(models), allow_negative)
     others = aligned_models(adapter, aligned, weights=",".join(["1"] * len(models)))
     chosen = make_search("sampling", None, greedy=greedy, tree=None, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -184,7 +185,7 @@ def sweep(
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDTH)
-    console.print(_table(result, in_town, f"{model} with {' and '.join(models)}"))
+    console.print(_table(result, in_town, f"{model} with {' and '.join(named)}"))
     if data["chosen"] is not None:
         console.print(_said(data["chosen"]))
     if as_json:
