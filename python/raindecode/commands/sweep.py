@@ -152,6 +152,7 @@ def sweep(
     models = [*(adapter or ()), *(aligned or ())]
     if not models:
         raise ConfigError("a sweep mixes --model with aligned models: name at least one with --adapter or --aligned")
+    named = [f"adapter {name}" for name in adapter or ()] + list(aligned or ())
     points = _points(lambdas, len(models), allow_negative)
     others = aligned_models(adapter, aligned, weights=",".join(["1"] * len(models)))
     chosen = make_search("sampling", None, greedy=greedy, tree=None, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -159,7 +160,9 @@ def sweep(
     in_town = task is not None and one_of("--task", task, ("town",)) == "town"
     prompts = _prompts(in_town, prompt or [], file, num_harmful, num_benign, seed)
     limit = max_new_tokens if max_new_tokens is not None else MAX_NEW_TOKENS if in_town else 256
-    style = preset_of(preset, model)
+    if in_town and (raw or preset not in (None, "town")):
+        raise ConfigError("--task town has a prompt format of its own: drop --raw and --preset")
+    style = "town" if in_town else preset_of(preset, model)
     judge = evaluator or ("town" if in_town else "none")
     _check_targets(target_kl, target_reward, judge)
     if judge == "town":
@@ -173,7 +176,7 @@ def sweep(
         say(f"{len(points)} mixtures of {len(prompts)} prompts, {num_samples} answers to each")
         result = decoder.sweep(
             prompts, points, evaluator=scorer, search=chosen,
-            policy=policy_of(raw, "town" if in_town else preset, chosen, None), num_samples=num_samples,
+            policy=policy_of(raw, style if in_town else preset, chosen, None), num_samples=num_samples,
             max_new_tokens=limit, seed=seed,
         )  # fmt: skip
         data = _as_json(result, in_town, target_kl, target_reward)
@@ -184,7 +187,7 @@ def sweep(
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDTH)
-    console.print(_table(result, in_town, f"{model} with {' and '.join(models)}"))
+    console.print(_table(result, in_town, f"{model} with {' and '.join(named)}"))
     if data["chosen"] is not None:
         console.print(_said(data["chosen"]))
     if as_json:
