@@ -24,6 +24,7 @@ _LAYERS = [
     ("raindecode.decoder", 40),
     ("raindecode.sweep", 35),
     ("raindecode.sweep_figure", 35),
+    ("raindecode.requests", 35),
     ("raindecode.search", 30),
     ("raindecode.policy", 20),
     ("raindecode.engine", 10),

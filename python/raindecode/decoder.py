@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,25 +16,24 @@ from raindecode.engine.branch import Ledger
 from raindecode.engine.engine import Engine, Task
 from raindecode.engine.exact import ExactMode
 from raindecode.engine.loader import build_engine, load_pretrained
+from raindecode.engine.model_facts import context_length_of, device_of, eos_ids_of, name_of, vocabulary_of
 from raindecode.engine.vocabulary import check_same_tokenizer, shared_vocab_size
 from raindecode.errors import ConfigError, ModelError, PromptError
-from raindecode.mixture import Mix
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
 from raindecode.progress import ProgressDisplay
+from raindecode.requests import Prompt, RequestMaker
 from raindecode.search.context import SearchContext
 from raindecode.search.evaluator import Evaluator, JudgeTemplate, ScoreFunction
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 from raindecode.search.scored import Scored
-from raindecode.settings import as_strings, as_token_ids, is_whole, require_whole
+from raindecode.settings import as_strings, require_whole
 from raindecode.sweep import Lambda, Sweep, SweepResult
 from raindecode.text import Codec
 from raindecode.types import Completion, Request
 
-Prompt: TypeAlias = "str | Sequence[int]"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FALLBACK_CONTEXT = 2048
 
 
 class Decoder:
@@ -95,14 +92,18 @@ class Decoder:
                 raise ModelError(
                     f"the aligned model is on {other.device}, the reference on {model.device}: use one device"
                 )
-            check_same_tokenizer(tokenizer, other_tokenizer, name=_called(other))
+            check_same_tokenizer(tokenizer, other_tokenizer, name=name_of(other))
         everyone = [model, *(other for other, _ in aligned)]
+        shared: int | None = None
+        if adapters or aligned:
+            widths = [vocabulary_of(one) for one in everyone]
+            shared = shared_vocab_size(tokenizer, widths, [name_of(one) for one in everyone])
         self.engine, self.exact = build_engine(
             model, adapters=[load_adapter(path, model) for path in adapters], aligned=everyone[1:],
-            vocab_size=_shared_vocabulary(tokenizer, everyone) if adapters or aligned else None,
+            vocab_size=shared,
             kv_tokens=kv_tokens, exact=exact, max_tasks=max_concurrent, cuda_graphs=cuda_graphs,
         )  # fmt: skip
-        ends = [_eos_ids(*one) for one in ((model, tokenizer), *aligned)]
+        ends = [eos_ids_of(*one) for one in ((model, tokenizer), *aligned)]
         self.codec = Codec(tokenizer, set().union(*ends))
 
     @classmethod
@@ -133,7 +134,7 @@ class Decoder:
             raise ModelError(
                 f"model is {model!r}; give 'testbed', a folder, or a hub id; for a loaded model use Decoder(model, tokenizer)"
             )
-        place = _device(device)
+        place = device_of(device)
         if dtype is not None and dtype not in _DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
         number_type = _DTYPES[dtype] if dtype else (torch.float32 if place.type == "cpu" else torch.bfloat16)
@@ -153,7 +154,7 @@ class Decoder:
     @property
     def context_length(self) -> int:
         """Tokens every model was made for, prompt and answer together."""
-        return min(_context_length(runner.model.config.get_text_config()) for runner in self.engine.runners)
+        return min(context_length_of(runner.model) for runner in self.engine.runners)
 
     @property
     def num_models(self) -> int:
@@ -234,38 +235,11 @@ class Decoder:
         stop_token_ids: Sequence[int] = (),
     ) -> list[Request]:
         """Check prompts and settings and make requests of them. Raises as `generate`."""
-        if not isinstance(prompts, (str, Sequence)):
-            raise PromptError(
-                f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, or a list of these"
-            )
-        if search is not None and not isinstance(search, (Sampling, RAIN)):
-            raise ConfigError(f"search is a {type(search).__name__}; give Sampling() or RAIN")
-        require_whole("max_new_tokens", max_new_tokens, 1)
-        stop_ids = self._known_ids("stop_token_ids", as_token_ids("stop_token_ids", stop_token_ids))
-        if isinstance(search, Sampling):
-            self._known_ids("stop_token_ids", search.stop_token_ids)
-        single = isinstance(prompts, str) or (len(prompts) > 0 and is_whole(prompts[0]))
-        every = cast("Sequence[Prompt]", [prompts] if single else prompts)
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(every)
-        if len(seeds) != len(every):
-            raise ConfigError(
-                f"{len(seeds)} seeds were given for {len(every)} prompts; give one seed, or one per prompt"
-            )
-        policies = (
-            list(policy) if isinstance(policy, Sequence) else [Policy() if policy is None else policy] * len(every)
-        )
-        if len(policies) != len(every):
-            raise ConfigError(
-                f"{len(policies)} policies were given for {len(every)} prompts; give one policy, or one per prompt"
-            )
-        stops = as_strings("stop", stop)
-        return [
-            self._request(
-                prompt, i, self._format(search, policies[i]), max_new_tokens, seeds[i], stops, frozenset(stop_ids),
-                self._mix(search, policies[i]),
-            )
-            for i, prompt in enumerate(every)
-        ]  # fmt: skip
+        maker = RequestMaker(self.codec, self.name, self.format, self.context_length, self._vocabulary, self.num_models)
+        return maker.make(
+            prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
+            stop_token_ids=stop_token_ids,
+        )  # fmt: skip
 
     def sweep(
         self,
@@ -301,9 +275,7 @@ class Decoder:
         """
         if policy is not None and isinstance(policy, Policy) and policy.dera is not None:
             raise ConfigError("the policy of a sweep holds a dera, but its lambdas say what is mixed: leave dera out")
-        plan = Sweep(
-            lambdas, num_models=self.num_models, sampling=search, num_samples=num_samples, evaluator=evaluator
-        )
+        plan = Sweep(lambdas, num_models=self.num_models, sampling=search, num_samples=num_samples, evaluator=evaluator)
         given = self.requests(
             prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
             stop_token_ids=stop_token_ids,
@@ -380,63 +352,7 @@ class Decoder:
     @property
     def _vocabulary(self) -> int:
         """Ids that every model has an embedding for."""
-        return int(min(runner.model.config.get_text_config().vocab_size for runner in self.engine.runners))
-
-    def _known_ids(self, name: str, ids: tuple[int, ...]) -> tuple[int, ...]:
-        vocabulary = self._vocabulary
-        if any(t >= vocabulary for t in ids):
-            raise ConfigError(f"{name} holds {list(ids)}; allowed: ids of this vocabulary, 0 to {vocabulary - 1}")
-        return ids
-
-    def _mix(self, search: Sampling | RAIN | None, policy: Policy) -> Mix:
-        if policy.dera is None:
-            return Mix((1.0,) + (0.0,) * (self.num_models - 1))
-        mix = policy.dera.mix(self.num_models)
-        return replace(mix, stats=False) if isinstance(search, RAIN) else mix  # RAIN's answers are not measured
-
-    def _format(self, search: Sampling | RAIN | None, policy: object) -> ChatFormat | None:
-        if not isinstance(policy, Policy):
-            raise ConfigError(f"policy is a {type(policy).__name__}; give a Policy, or one per prompt")
-        if policy.prompt is not None:
-            return policy.prompt
-        if isinstance(search, RAIN) and search.format is not None:
-            return search.format
-        return self.format
-
-    def _request(
-        self, prompt: Prompt, index: int, format: ChatFormat | None, max_new_tokens: int, seed: int,
-        stops: tuple[str, ...], stop_ids: frozenset[int], mix: Mix,
-    ) -> Request:  # fmt: skip
-        where = f"prompt {index}"
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise PromptError(f"{where} is empty; give at least one character that is not white space")
-            try:
-                prompt.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise PromptError(
-                    f"{where} is not text: it holds a lone surrogate at character {error.start}"
-                ) from error
-            text = prompt if format is None else format.render(prompt)
-            ids = self.codec.encode(text)
-        else:
-            ids = _token_ids(prompt, where)
-            vocabulary = self._vocabulary
-            if not ids or any(not 0 <= t < vocabulary for t in ids):
-                raise PromptError(
-                    f"{where} has {len(ids)} token ids; allowed: at least one, each from 0 to {vocabulary - 1}"
-                )
-            prompt = text = self.codec.decode(ids)
-        room = self.context_length - len(ids)
-        if room < 1:
-            raise PromptError(
-                f"{where} has {len(ids)} tokens with its format, the context of {self.name} {self.context_length}: "
-                f"shorten it to at most {self.context_length - 1} tokens"
-            )
-        if not is_whole(seed) or not 0 <= seed < 2**64:
-            raise ConfigError(f"seed is {seed!r}; allowed: a whole number from 0 to 2**64 - 1")
-        stops += () if format is None else format.stop
-        return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids, mix)
+        return min(vocabulary_of(runner.model) for runner in self.engine.runners)
 
 
 def _both(
@@ -452,66 +368,3 @@ def _both(
         given(index, tokens, iterations)
 
     return report
-
-
-def _called(model: PreTrainedModel) -> str:
-    return str(getattr(model, "name_or_path", "") or type(model).__name__)
-
-
-def _shared_vocabulary(tokenizer: PreTrainedTokenizerBase, models: Sequence[PreTrainedModel]) -> int:
-    widths = [model.config.get_text_config().vocab_size for model in models]
-    return shared_vocab_size(tokenizer, widths, [_called(model) for model in models])
-
-
-def _token_ids(prompt: object, where: str) -> list[int]:
-    """A prompt given as token ids.
-
-    Raises:
-        PromptError: it is something else.
-    """
-    try:
-        return [operator.index(t) for t in prompt]  # type: ignore[attr-defined]
-    except TypeError as error:
-        raise PromptError(f"{where} is {prompt!r:.80}; give a text or a list of token ids") from error
-
-
-def _context_length(config: Any) -> int:
-    """Positions a request may use.
-
-    Longrope picks its frequencies by the longest row of a forward; past the original length a request would depend on
-    its batch-mates, so it counts as the limit.
-    """
-    longest = int(getattr(config, "max_position_embeddings", None) or _FALLBACK_CONTEXT)
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if part.get("rope_type") == "longrope":
-            original = part.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            longest = min(longest, int(original or longest))
-    return longest
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device is {name!r}; allowed: cpu, cuda or cuda:N") from error
-    if place.type not in {"cpu", "cuda"}:
-        raise ConfigError(f"device is {name!r}; allowed: cpu, cuda or cuda:N")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device is {name!r}, but torch sees no GPU here: use device='cpu', or see `raindecode doctor`"
-        )
-    return place
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every end-of-text id the model or its tokenizer names."""
-    found: set[int] = set()
-    for source in (model.generation_config, model.config, tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        found |= set(value) if isinstance(value, (list, tuple)) else set() if value is None else {int(value)}
-    return found

@@ -107,12 +107,16 @@ class Answers:
             drawn = [_result_or_error(lambda r=r: sampler.draw_all([r])[0]) for r in requests]
         if not any(one.mix.stats for one, _ in draws):
             return drawn
-        return [self._with_statistics(one, result) for (one, _), result in zip(draws, drawn, strict=True)]
-
-    def _with_statistics(self, one: _Asked, drawn: Drawn | Exception) -> Drawn | Exception:
-        if isinstance(drawn, Exception) or not one.mix.stats:
-            return drawn
-        return drawn._replace(measured=measure(one.rows, one.mix, drawn.token, self.vocab_size))
+        wanted = [
+            (i, one, result)
+            for i, ((one, _), result) in enumerate(zip(draws, drawn, strict=True))
+            if one.mix.stats and not isinstance(result, Exception)
+        ]
+        measured = measure([(one.rows, one.mix, result.token) for _, one, result in wanted], self.vocab_size)
+        whole = list(drawn)
+        for (i, _, result), found in zip(wanted, measured, strict=True):
+            whole[i] = result._replace(measured=found)
+        return whole
 
     def _host_row(self, one: _Asked) -> HostRow:
         if one.single is None:

@@ -47,14 +47,21 @@ def draw_mixed(draws: Sequence[MixDraw], vocab_size: int) -> list[Drawn | Except
     return results
 
 
-def measure(rows: Rows, mix: Mix, token: int, vocab_size: int) -> Measured:
-    """The statistics of a mixture where `token` was drawn by other means. All rows are needed."""
-    measured = _run([MixDraw(rows, mix, _GREEDY, (0, 0))], vocab_size, True, 0)[1]
-    assert measured is not None
-    found = _measured(mix, [column[0].tolist() for column in measured])
-    values = [float(row.host[token]) for row in rows if row is not None]
-    each = tuple(value - lse for value, lse in zip(values, measured.lse_models[0].tolist(), strict=True))
-    return replace(found, logprob_models=each)
+def measure(drawn: Sequence[tuple[Rows, Mix, int]], vocab_size: int) -> list[Measured]:
+    """The statistics of mixtures where tokens were drawn by other means. Rows of all models are needed."""
+    if not drawn:
+        return []
+    greedy = [MixDraw(rows, replace(mix, plausibility=0.0), _GREEDY, (0, 0)) for rows, mix, _ in drawn]
+    stats = _run(greedy, vocab_size, True, 0)[1]
+    assert stats is not None
+    columns = [column.tolist() for column in stats]
+    lse_models = MixStats(*columns).lse_models
+    found: list[Measured] = []
+    for i, (rows, mix, token) in enumerate(drawn):
+        values = [float(row.host[token]) for row in rows if row is not None]
+        each = tuple(value - lse for value, lse in zip(values, lse_models[i], strict=True))
+        found.append(replace(_measured(mix, [column[i] for column in columns]), logprob_models=each))
+    return found
 
 
 def mixed_row(rows: Rows, mix: Mix, vocab_size: int) -> HostRow:

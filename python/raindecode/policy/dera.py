@@ -105,9 +105,7 @@ class DeRa:
                 "(--adapter, --aligned), or leave dera out"
             )
         if self.kl is not None and aligned != 1:
-            raise ConfigError(
-                f"a KL target needs one aligned model, this decoder has {aligned}: give weights instead"
-            )
+            raise ConfigError(f"a KL target needs one aligned model, this decoder has {aligned}: give weights instead")
         if len(self.weights) != aligned:
             raise ConfigError(
                 f"{len(self.weights)} DeRa weights were given for {aligned} aligned models: give one per model, in the order they "

@@ -1,0 +1,148 @@
+"""RequestMaker: turns what a user asks into requests, or says what is wrong with it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias, cast
+
+from raindecode.errors import ConfigError, PromptError
+from raindecode.mixture import Mix
+from raindecode.policy.policy import Policy
+from raindecode.policy.prompt import ChatFormat
+from raindecode.search.rain import RAIN
+from raindecode.search.sampling import Sampling
+from raindecode.settings import as_strings, as_token_ids, is_whole, require_whole
+from raindecode.text import Codec
+from raindecode.types import Request
+
+Prompt: TypeAlias = "str | Sequence[int]"
+
+
+@dataclass(frozen=True)
+class RequestMaker:
+    """What a decoder allows its requests.
+
+    Attributes:
+        name: of the model, for messages.
+        format: how plain prompts are written when neither policy nor search says.
+        context_length: tokens of prompt and answer together.
+        vocabulary: ids that every model has.
+        num_models: models a policy may mix.
+    """
+
+    codec: Codec
+    name: str
+    format: ChatFormat | None
+    context_length: int
+    vocabulary: int
+    num_models: int
+
+    def make(
+        self, prompts: Prompt | Sequence[Prompt], *, search: Sampling | RAIN | None, policy: Policy | Sequence[Policy] | None,
+        max_new_tokens: int, seed: int | Sequence[int], stop: Sequence[str], stop_token_ids: Sequence[int],
+    ) -> list[Request]:  # fmt: skip
+        """A request per prompt. Arguments as in Decoder.generate.
+
+        Raises:
+            PromptError, ConfigError: something given is not allowed.
+        """
+        if not isinstance(prompts, (str, Sequence)):
+            raise PromptError(
+                f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, or a list of these"
+            )
+        if search is not None and not isinstance(search, (Sampling, RAIN)):
+            raise ConfigError(f"search is a {type(search).__name__}; give Sampling() or RAIN")
+        require_whole("max_new_tokens", max_new_tokens, 1)
+        stop_ids = self._known_ids("stop_token_ids", as_token_ids("stop_token_ids", stop_token_ids))
+        if isinstance(search, Sampling):
+            self._known_ids("stop_token_ids", search.stop_token_ids)
+        single = isinstance(prompts, str) or (len(prompts) > 0 and is_whole(prompts[0]))
+        every = cast("Sequence[Prompt]", [prompts] if single else prompts)
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(every)
+        if len(seeds) != len(every):
+            raise ConfigError(
+                f"{len(seeds)} seeds were given for {len(every)} prompts; give one seed, or one per prompt"
+            )
+        policies = (
+            list(policy) if isinstance(policy, Sequence) else [Policy() if policy is None else policy] * len(every)
+        )
+        if len(policies) != len(every):
+            raise ConfigError(
+                f"{len(policies)} policies were given for {len(every)} prompts; give one policy, or one per prompt"
+            )
+        stops = as_strings("stop", stop)
+        return [
+            self._request(
+                prompt, i, self._format(search, policies[i]), max_new_tokens, seeds[i], stops, frozenset(stop_ids),
+                self._mix(search, policies[i]),
+            )
+            for i, prompt in enumerate(every)
+        ]  # fmt: skip
+
+    def _known_ids(self, name: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if any(t >= self.vocabulary for t in ids):
+            raise ConfigError(f"{name} holds {list(ids)}; allowed: ids of this vocabulary, 0 to {self.vocabulary - 1}")
+        return ids
+
+    def _mix(self, search: Sampling | RAIN | None, policy: Policy) -> Mix:
+        if policy.dera is None:
+            return Mix((1.0,) + (0.0,) * (self.num_models - 1))
+        mix = policy.dera.mix(self.num_models)
+        return replace(mix, stats=False) if isinstance(search, RAIN) else mix  # RAIN's answers are not measured
+
+    def _format(self, search: Sampling | RAIN | None, policy: object) -> ChatFormat | None:
+        if not isinstance(policy, Policy):
+            raise ConfigError(f"policy is a {type(policy).__name__}; give a Policy, or one per prompt")
+        if policy.prompt is not None:
+            return policy.prompt
+        if isinstance(search, RAIN) and search.format is not None:
+            return search.format
+        return self.format
+
+    def _request(
+        self, prompt: Prompt, index: int, format: ChatFormat | None, max_new_tokens: int, seed: int,
+        stops: tuple[str, ...], stop_ids: frozenset[int], mix: Mix,
+    ) -> Request:  # fmt: skip
+        where = f"prompt {index}"
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise PromptError(f"{where} is empty; give at least one character that is not white space")
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise PromptError(
+                    f"{where} is not text: it holds a lone surrogate at character {error.start}"
+                ) from error
+            text = prompt if format is None else format.render(prompt)
+            ids = self.codec.encode(text)
+        else:
+            ids = _token_ids(prompt, where)
+            if not ids or any(not 0 <= t < self.vocabulary for t in ids):
+                raise PromptError(
+                    f"{where} has {len(ids)} token ids; allowed: at least one, each from 0 to {self.vocabulary - 1}"
+                )
+            prompt = text = self.codec.decode(ids)
+        room = self.context_length - len(ids)
+        if room < 1:
+            raise PromptError(
+                f"{where} has {len(ids)} tokens with its format, the context of {self.name} {self.context_length}: "
+                f"shorten it to at most {self.context_length - 1} tokens"
+            )
+        if not is_whole(seed) or not 0 <= seed < 2**64:
+            raise ConfigError(f"seed is {seed!r}; allowed: a whole number from 0 to 2**64 - 1")
+        stops += () if format is None else format.stop
+        return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids, mix)
+
+
+def _token_ids(prompt: object, where: str) -> list[int]:
+    """A prompt given as token ids.
+
+    Raises:
+        PromptError: it is something else.
+    """
+    try:
+        return [operator.index(t) for t in prompt]  # type: ignore[attr-defined]
+    except TypeError as error:
+        raise PromptError(f"{where} is {prompt!r:.80}; give a text or a list of token ids") from error
