@@ -54,8 +54,7 @@ def measure(drawn: Sequence[tuple[Rows, Mix, int]], vocab_size: int) -> list[Mea
     greedy = [MixDraw(rows, replace(mix, plausibility=0.0), _GREEDY, (0, 0)) for rows, mix, _ in drawn]
     stats = _run(greedy, vocab_size, True, 0)[1]
     assert stats is not None
-    columns = [column.tolist() for column in stats]
-    lse_models = MixStats(*columns).lse_models
+    columns, lse_models = [column.tolist() for column in stats], stats.lse_models.tolist()
     found: list[Measured] = []
     for i, (rows, mix, token) in enumerate(drawn):
         values = [float(row.host[token]) for row in rows if row is not None]
