@@ -124,24 +124,29 @@ def make_parts(*, quick: bool, dry: bool) -> list[Part]:
     engine = ("--models", "1b" if quick else "1b,7b")
     if dry:
         engine = ("--models", "tiny", "--rows", "1,3", "--prefix", "16", "--own", "4", "--repeats", "3")
+    dera = ("--dtype", "bfloat16", "--context", "2048", "--rounds", "3", "--without", "notebook")
+    dera = ("--shape", "1b" if quick else "7b", *dera)
+    if dry:
+        dera = ("--shape", "testbed", "--context", "8", "--rounds", "1", "--steps", "3")
     cases = (_PYTHON, "benchmarks/acceptance/cases.py", *device)
     watched = (*cases, "--small", "--json", "{result}")
     sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "86")
     result = ("--json", "{result}")
     return [
         Part("environment", (_PYTHON, "benchmarks/acceptance/environment.py", *device, *fast, *result), 20),
-        Part("build", (_PYTHON, "benchmarks/acceptance/build.py", *(("--check-only",) if dry else ()), *result), 120),
+        Part("build", (_PYTHON, "benchmarks/acceptance/build.py", *(("--check-only",) if dry else ()), *result), 110),
         Part("doctor", (_PYTHON, "-m", "raindecode", "doctor"), 20),
         Part(
             "tests",
             (_PYTHON, "-m", "pytest", "tests/kernels" if dry else "tests", "-m", "gpu", "-q", "--tb=short",
              "--junitxml={result}"),
-            100,
+            90,
         ),
         Part("cases", (*cases, *small, *result), 30),
-        Part("kernels", (_PYTHON, "benchmarks/bench_kernels.py", *device, *fast, "--budget", "2", *result), 120),
-        Part("decode_step", (_PYTHON, "benchmarks/decode_step.py", *device, *steps, *result), 100),
+        Part("kernels", (_PYTHON, "benchmarks/bench_kernels.py", *device, *fast, "--budget", "2", *result), 105),
+        Part("decode_step", (_PYTHON, "benchmarks/decode_step.py", *device, *steps, *result), 85),
         Part("engine_step", (_PYTHON, "benchmarks/engine_step.py", *device, *engine, *result), 30),
+        Part("dera_step", (_PYTHON, "benchmarks/bench_dera.py", *device, *dera, *result), 50),
         # Every allocation its own, so that a read past one tensor is not a read inside another.
         Part(
             "sanitizer", watched if dry else (*sanitizer, *watched), 30, None if dry else sanitizer[0],

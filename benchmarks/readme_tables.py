@@ -10,6 +10,8 @@ NONE = "not yet measured"
 _OURS, _ALONE = "ours", "add + RMSNorm alone, same lane"
 _FAMILIES = ("attention", "logits", "edits", "kv", "tree")
 Row = dict[str, Any]
+# Engines of bench_dera.py as the README calls them beside ours.
+_DERA_OTHERS = {"two_models": "two models", "two_models_transformers": "two cached models, transformers"}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -141,9 +143,24 @@ def gpu(record: Row | None) -> str:
     for model in ("1b", "7b"):
         found = [row for row in steps if (row["model"], row.get("branches"), row.get("prefix")) == (model, 40, 4096)]
         cells.append([f"one step, {model.upper()}-shaped", "40 branches over 4,096", *_step_cells(found)])
+    pair = parts.get("dera_step", {}).get("result") or {}
+    cells.append(["DeRa step, LoRA pair", "7B-shaped, batch 1 after 2,048", *_dera_cells(pair)])
     return _gpu_note(record, parts) + table(
         ["what", "case", "measured", "of the floor", "others' time over ours"], cells
     )
+
+
+def _dera_cells(record: Row) -> list[str]:
+    if record.get("shape") != "7b" or not record.get("same"):
+        return [NONE, "", ""]
+    ratios = record["ratios"]
+    over = f"{_times(ratios['lora_pair / single']['median'])} one model's step"
+    against = ", ".join(
+        f"{_times(ratios[f'{name} / lora_pair']['median'])} {label}"
+        for name, label in _DERA_OTHERS.items()
+        if f"{name} / lora_pair" in ratios
+    )
+    return [f"{record['step_ms']['lora_pair']:.2f} ms, {over}", "-", against]
 
 
 def _gpu_note(record: Row | None, parts: Row) -> str:

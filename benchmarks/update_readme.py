@@ -4,6 +4,9 @@
     python benchmarks/gpu_acceptance.py --out benchmarks/results/h200-<date>.json        # on a machine with a GPU
     raindecode eval --task town --search vanilla,rain --json | tail -n 1 > benchmarks/results/town.json
     raindecode bench rain --json benchmarks/results/rain-testbed.json                    # and --model 110m, rain-110m.json
+    raindecode bench dera --shape 110m --json benchmarks/results/dera-110m.json          # and other shapes
+    raindecode sweep --task town --adapter testbed --lambdas 0,0.25,0.5,0.75,1,1.5,2,3 --num-harmful 400 --num-benign 400 \\
+        --plot docs/methods/dera-sweep.svg --json | tail -n 1 > benchmarks/results/town-sweep.json
     python benchmarks/check_widths.py --json benchmarks/results/widths-float32.json      # and --dtype bfloat16
     python benchmarks/profile_step.py --json benchmarks/results/step.json
     python benchmarks/update_readme.py
@@ -18,6 +21,7 @@ import json
 import sys
 from pathlib import Path
 
+from dera_tables import dera_records, dera_steps, dera_sweep
 from doc_tables import load, steps, widths
 from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu, rain, rain_records, table
 
@@ -66,7 +70,10 @@ def filled(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    parts = (town(), rain(rain_records(RESULTS)), kernels(cpu_rows(RESULTS)), gpu(newest_gpu(RESULTS)))
+    parts = (
+        town(), dera_sweep(load(RESULTS / "town-sweep.json")), rain(rain_records(RESULTS)), dera_steps(dera_records(RESULTS)),
+        kernels(cpu_rows(RESULTS)), gpu(newest_gpu(RESULTS)),
+    )  # fmt: skip
     agreement = widths([load(RESULTS / f"widths-{dtype}.json") for dtype in ("float32", "bfloat16")])
     for path, contents in (
         (README, {"results": "\n".join(parts)}),

@@ -385,7 +385,7 @@ def test_wall_time_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- gpu_acceptance ---------------------------------------------------------------------------------------------------
 
-DRY = ("environment", "build", "doctor", "cases", "kernels", "decode_step", "engine_step")
+DRY = ("environment", "build", "doctor", "cases", "kernels", "decode_step", "engine_step", "dera_step")
 
 
 def check_acceptance(record: dict[str, Any]) -> None:
@@ -409,6 +409,8 @@ def check_acceptance(record: dict[str, Any]) -> None:
         assert row["floor_us"] > 0
     for row in parts["engine_step"]["rows"]:
         assert (row["status"], set(row["times"])) == ("ok", {"engine"})  # no graphs on a CPU
+    assert parts["dera_step"]["same"]
+    assert {"single", "lora_pair", "two_models"} <= set(parts["dera_step"]["step_ms"])
     assert all(goal["met"] is None for goal in record["goals"])  # nothing on a CPU counts
 
 
@@ -562,6 +564,18 @@ def test_goals() -> None:
     assert "note" not in added
 
 
+def test_the_goal_of_a_pair_counts_right_tokens_of_the_7b_shape_only() -> None:
+    def goal(record: dict[str, Any]) -> dict[str, Any]:
+        return next(one for one in goals({"dera_step": {"result": record}}) if one["name"].startswith("DeRa"))
+
+    record = {"shape": "7b", "same": True, "ratios": {"lora_pair / single": {"median": 1.1}}}
+    assert (goal(record)["measured"], goal(record)["met"]) == (1.1, True)
+    assert goal(record | {"ratios": {"lora_pair / single": {"median": 1.2}}})["met"] is False
+    assert goal(record | {"same": False})["met"] is None
+    assert goal(record | {"shape": "1b"})["met"] is None
+    assert goal({})["met"] is None
+
+
 def test_a_share_of_an_uncaptured_step_is_no_measurement() -> None:
     """The plain step takes longer: the edits' share of it would look smaller than it is."""
     parts = acceptance()["parts"]
@@ -584,11 +598,11 @@ def test_gpu_table(tmp_path: Path) -> None:
     """Without a record every cell says so; with one, what was measured stands there and the rest still says so."""
     assert newest_gpu(tmp_path) is None
     empty = gpu(None)
-    assert empty.count(NONE) == 10
+    assert empty.count(NONE) == 11
     (tmp_path / "h200-b.json").write_text(json.dumps(acceptance(("sanitizer",))))
     (tmp_path / "h200-a.json").write_text(json.dumps(acceptance() | {"dry_run": True, "utc": "2027-01-01T00:00:00Z"}))
     text = gpu(newest_gpu(tmp_path))
-    assert text.count(NONE) == 7
+    assert text.count(NONE) == 8
     assert "50.0 us, 40 GFLOP/s | 0.62 | 1.50x two-part flash" in text
     assert "8.00 ms | 0.45 | 5.5x stock |" in text
     assert "Parts that failed: sanitizer." in text

@@ -14,7 +14,7 @@ _STEP_ROWS, _STEP_PREFIX = 40, 4096
 
 
 def goals(parts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Goals from the findings of the parts "kernels" and "decode_step"."""
+    """Goals from the findings of the parts "kernels", "decode_step" and "dera_step"."""
     rows = _rows(parts, "kernels")
     found = []
     for branches in (40, 160):
@@ -35,7 +35,20 @@ def goals(parts: dict[str, Any]) -> list[dict[str, Any]]:
             share = None if added is None or step is None else added * _LAYERS_7B / step
             name = f"edits, {'fused' if fused else 'in place'}, {where}: share added to a 7B decode step of 40 rows"
             found.append(_at_most(name, limit, share, reason or why))
+    pair = _ratio(parts, "7b", "lora_pair / single")
+    found.append(
+        _at_most("DeRa, 7B LoRA pair, batch 1, context 2,048: time over that of one model's step", 1.15, pair, None)
+    )
     return found
+
+
+def _ratio(parts: dict[str, Any], shape: str, pair: str) -> float | None:
+    """Of two engines of bench_dera.py on a GPU, whose tokens were right."""
+    record = parts.get("dera_step", {}).get("result") or {}
+    if record.get("shape") != shape or not record.get("same"):
+        return None
+    median = record.get("ratios", {}).get(pair, {}).get("median")
+    return None if median is None else float(median)
 
 
 def _rows(parts: dict[str, Any], name: str) -> list[dict[str, Any]]:
