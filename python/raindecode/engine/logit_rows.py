@@ -18,13 +18,21 @@ HostRow = npt.NDArray[np.float32]
 
 
 class Logits:
-    """What one forward gave, [n, vocabulary]."""
+    """What one forward gave, [n, vocabulary], on the device, the host, or both."""
 
-    __slots__ = ("_host", "there")
+    __slots__ = ("_host", "_there")
 
-    def __init__(self, there: Tensor) -> None:
-        self.there = there
-        self._host: npt.NDArray[np.float32] | None = None
+    def __init__(self, there: Tensor | None, host: npt.NDArray[np.float32] | None = None) -> None:
+        self._there = there
+        self._host = host
+
+    @property
+    def there(self) -> Tensor:
+        """Where the model left them; on the host where they were kept."""
+        if self._there is None:
+            assert self._host is not None
+            self._there = torch.from_numpy(self._host)
+        return self._there
 
     @property
     def host(self) -> npt.NDArray[np.float32]:
@@ -52,7 +60,7 @@ class LogitRow:
     @classmethod
     def of(cls, row: HostRow) -> LogitRow:
         """A row that lies on the host."""
-        return cls(Logits(torch.from_numpy(row[None])), 0)
+        return cls(Logits(None, row[None]), 0)
 
 
 def stacked(rows: Sequence[LogitRow], device: torch.device) -> Tensor:
