@@ -44,6 +44,15 @@ def dera_steps(records: list[Row]) -> str:
 
 
 def dera_sweep(record: Row | None) -> str:
+    """The table of rates over the weight, with what it is."""
+    counts = {"n_harmful": 400, "n_benign": 400} if record is None else record["points"][0]
+    return (
+        f"**λ sweep on the testbed**: {counts['n_harmful']} held-out harmful and {counts['n_benign']} harmless requests, 95 % intervals\n"
+        "(`raindecode sweep --task town --adapter testbed`, [docs/methods/dera.md](docs/methods/dera.md)):\n\n"
+    ) + sweep_rows(record)
+
+
+def sweep_rows(record: Row | None) -> str:
     """The table of rates over the weight."""
     header = ["λ", "harmful answers", "helpful answers", "KL per answer, nats"]
     if record is None:
@@ -55,9 +64,4 @@ def dera_sweep(record: Row | None) -> str:
             for rate, interval in (("harmful_rate", "harmful_ci"), ("helpful_rate", "helpful_ci"))
         ]
         rows.append([point["label"], *shares, f"{point['kl']['mean']:.2f}"])
-    first = record["points"][0]
-    note = (
-        f"**λ sweep on the testbed**: {first['n_harmful']} held-out harmful and {first['n_benign']} harmless requests, 95 % intervals\n"
-        "(`raindecode sweep --task town --adapter testbed`, [docs/methods/dera.md](docs/methods/dera.md)):\n\n"
-    )
-    return note + table(header, rows)
+    return table(header, rows)

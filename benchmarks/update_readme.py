@@ -21,7 +21,7 @@ import json
 import sys
 from pathlib import Path
 
-from dera_tables import dera_records, dera_steps, dera_sweep
+from dera_tables import dera_records, dera_steps, dera_sweep, sweep_rows
 from doc_tables import load, steps, widths
 from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu, rain, rain_records, table
 
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 DOCS = ROOT / "docs" / "benchmarks.md"
+DERA = ROOT / "docs" / "methods" / "dera.md"
 
 
 def town() -> str:
@@ -77,6 +78,7 @@ def main() -> None:
     agreement = widths([load(RESULTS / f"widths-{dtype}.json") for dtype in ("float32", "bfloat16")])
     for path, contents in (
         (README, {"results": "\n".join(parts)}),
+        (DERA, {"sweep": sweep_rows(load(RESULTS / "town-sweep.json"))}),
         (DOCS, {"widths": agreement, "step": steps(load(RESULTS / "step.json"))}),
     ):
         text = updated = path.read_text(encoding="utf-8")
