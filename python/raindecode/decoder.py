@@ -17,7 +17,7 @@ from raindecode.engine.engine import Engine, Task
 from raindecode.engine.exact import ExactMode
 from raindecode.engine.loader import build_engine, load_pretrained
 from raindecode.engine.model_facts import context_length_of, device_of, eos_ids_of, name_of, vocabulary_of
-from raindecode.engine.vocabulary import check_same_tokenizer, shared_vocab_size
+from raindecode.engine.vocabulary import check_same_tokenizer, shared_vocab_size, token_count
 from raindecode.errors import ConfigError, ModelError, PromptError
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
@@ -32,6 +32,7 @@ from raindecode.settings import as_strings, require_whole
 from raindecode.sweep import Lambda, Sweep, SweepResult
 from raindecode.text import Codec
 from raindecode.types import Completion, Request
+from rainkernels.ops.logits import MAX_MODELS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -85,9 +86,17 @@ class Decoder:
         self.format = format
         self.engine: Engine
         self.exact: ExactMode
+        adapters = as_strings("adapters", adapters)
+        if len(adapters) + len(aligned) >= MAX_MODELS:
+            raise ConfigError(
+                f"{len(adapters) + len(aligned)} aligned models were given; allowed: up to {MAX_MODELS - 1} beside the reference"
+            )
+        for one in aligned:
+            if not isinstance(one, tuple) or len(one) != 2 or not isinstance(one[0], PreTrainedModel):
+                raise ModelError(
+                    f"aligned holds a {type(one).__name__}; give pairs of a transformers PreTrainedModel and its tokenizer"
+                )
         for other, other_tokenizer in aligned:
-            if not isinstance(other, PreTrainedModel):
-                raise ModelError(f"an aligned model is a {type(other).__name__}; give a transformers PreTrainedModel")
             if other.device != model.device:
                 raise ModelError(
                     f"the aligned model is on {other.device}, the reference on {model.device}: use one device"
@@ -95,16 +104,19 @@ class Decoder:
             check_same_tokenizer(tokenizer, other_tokenizer, name=name_of(other))
         everyone = [model, *(other for other, _ in aligned)]
         shared: int | None = None
-        if adapters or aligned:
+        if aligned:
             widths = [vocabulary_of(one) for one in everyone]
             shared = shared_vocab_size(tokenizer, widths, [name_of(one) for one in everyone])
+        elif adapters:  # one head, so all that can differ is padding that no tokenizer speaks of
+            shared = min(token_count(tokenizer), vocabulary_of(model))
         self.engine, self.exact = build_engine(
             model, adapters=[load_adapter(path, model) for path in adapters], aligned=everyone[1:],
             vocab_size=shared,
             kv_tokens=kv_tokens, exact=exact, max_tasks=max_concurrent, cuda_graphs=cuda_graphs,
         )  # fmt: skip
-        ends = [eos_ids_of(*one) for one in ((model, tokenizer), *aligned)]
-        self.codec = Codec(tokenizer, set().union(*ends))
+        ends = frozenset(eos_ids_of(model, tokenizer))
+        self._ends = [ends] * (1 + len(adapters)) + [frozenset(eos_ids_of(*one)) for one in aligned]
+        self.codec = Codec(tokenizer, ends)
 
     @classmethod
     def from_pretrained(
@@ -235,7 +247,8 @@ class Decoder:
         stop_token_ids: Sequence[int] = (),
     ) -> list[Request]:
         """Check prompts and settings and make requests of them. Raises as `generate`."""
-        maker = RequestMaker(self.codec, self.name, self.format, self.context_length, self._vocabulary, self.num_models)
+        contexts = [context_length_of(runner.model) for runner, _ in self.engine.models]
+        maker = RequestMaker(self.codec, self.name, self.format, contexts, self._ends, self._vocabulary)
         return maker.make(
             prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
             stop_token_ids=stop_token_ids,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,14 @@ class Mix:
     plausibility: float = 0.0
     plausibility_model: int = 0
 
-    @property
+    @cached_property
     def single(self) -> int | None:
         """The one model this is, None for a true mixture."""
         if self.target_kl is not None or self.plausibility:
             return None
-        taking_part = [i for i, w in enumerate(self.weights) if w]
-        return taking_part[0] if len(taking_part) == 1 else None
+        return self.speakers[0] if len(self.speakers) == 1 else None
 
-    @property
+    @cached_property
     def models(self) -> int:
         """Bit mask of the models that have to run."""
         if self.stats or self.target_kl is not None:
@@ -42,14 +42,19 @@ class Mix:
         mask = sum(1 << i for i, w in enumerate(self.weights) if w)
         return mask | (1 << self.plausibility_model if self.plausibility else 0)
 
-    @property
+    @cached_property
+    def speakers(self) -> tuple[int, ...]:
+        """The models whose logits are mixed. More may run, to be measured or to judge."""
+        if self.target_kl is not None:
+            return tuple(range(len(self.weights)))
+        return tuple(i for i, w in enumerate(self.weights) if w)
+
+    @cached_property
     def first(self) -> int:
         """The first model that takes part: it judges and embeds, where one model is enough."""
-        if self.target_kl is not None:
-            return 0
-        return next(i for i, w in enumerate(self.weights) if w)
+        return self.speakers[0]
 
-    @property
+    @cached_property
     def only_first(self) -> Mix:
         """The first model that takes part, alone."""
         return Mix(tuple(float(i == self.first) for i in range(len(self.weights))))

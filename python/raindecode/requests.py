@@ -27,17 +27,17 @@ class RequestMaker:
     Attributes:
         name: of the model, for messages.
         format: how plain prompts are written when neither policy nor search says.
-        context_length: tokens of prompt and answer together.
+        contexts: tokens of prompt and answer together, of every model.
+        ends: end-of-text ids of every model.
         vocabulary: ids that every model has.
-        num_models: models a policy may mix.
     """
 
     codec: Codec
     name: str
     format: ChatFormat | None
-    context_length: int
+    contexts: Sequence[int]
+    ends: Sequence[frozenset[int]]
     vocabulary: int
-    num_models: int
 
     def make(
         self, prompts: Prompt | Sequence[Prompt], *, search: Sampling | RAIN | None, policy: Policy | Sequence[Policy] | None,
@@ -88,8 +88,8 @@ class RequestMaker:
 
     def _mix(self, search: Sampling | RAIN | None, policy: Policy) -> Mix:
         if policy.dera is None:
-            return Mix((1.0,) + (0.0,) * (self.num_models - 1))
-        mix = policy.dera.mix(self.num_models)
+            return Mix((1.0,) + (0.0,) * (len(self.contexts) - 1))
+        mix = policy.dera.mix(len(self.contexts))
         return replace(mix, stats=False) if isinstance(search, RAIN) else mix  # RAIN's answers are not measured
 
     def _format(self, search: Sampling | RAIN | None, policy: object) -> ChatFormat | None:
@@ -124,16 +124,18 @@ class RequestMaker:
                     f"{where} has {len(ids)} token ids; allowed: at least one, each from 0 to {self.vocabulary - 1}"
                 )
             prompt = text = self.codec.decode(ids)
-        room = self.context_length - len(ids)
+        longest = min(context for model, context in enumerate(self.contexts) if mix.models >> model & 1)
+        room = longest - len(ids)
         if room < 1:
             raise PromptError(
-                f"{where} has {len(ids)} tokens with its format, the context of {self.name} {self.context_length}: "
-                f"shorten it to at most {self.context_length - 1} tokens"
+                f"{where} has {len(ids)} tokens with its format, the context of {self.name} {longest}: "
+                f"shorten it to at most {longest - 1} tokens"
             )
         if not is_whole(seed) or not 0 <= seed < 2**64:
             raise ConfigError(f"seed is {seed!r}; allowed: a whole number from 0 to 2**64 - 1")
         stops += () if format is None else format.stop
-        return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids, mix)
+        ends = frozenset().union(*(self.ends[model] for model in mix.speakers))
+        return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids, mix, ends)
 
 
 def _token_ids(prompt: object, where: str) -> list[int]:

@@ -83,6 +83,7 @@ class Request:
         prompt_text: what the model is fed (few-shot prefix and turn markers added).
         prompt_ids: its token ids.
         mix: the models it is answered by.
+        eos_token_ids: end-of-text ids of these models; None takes the decoder's.
         seed: names the random numbers; same request and seed, same answer (exact mode).
         stop: strings that end the answer, besides those of the search.
     """
@@ -95,3 +96,4 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     mix: Mix = SINGLE
+    eos_token_ids: frozenset[int] | None = None

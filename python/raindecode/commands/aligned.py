@@ -114,7 +114,7 @@ def aligned_models(
     if weights is not None and target_kl is not None:
         raise ConfigError("--lambda and --target-kl exclude each other: give the weight, or the KL it is solved for")
     if target_kl is not None:
-        dera = DeRa.target_kl(target_kl, stats=stats)
+        dera = DeRa.target_kl(target_kl)
     elif weights is not None:
         dera = DeRa(weight_list("--lambda", weights), allow_negative=allow_negative, stats=stats)
     elif number == 1:

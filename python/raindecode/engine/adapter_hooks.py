@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -27,7 +26,7 @@ class AdapterHooks:
     def on(self, rows: slice) -> Iterator[None]:
         """Adapt these rows of every forward meanwhile. Rows are the dimension before the last."""
         hooks = [
-            self._model.get_submodule(name).register_forward_hook(partial(_add, update, rows))
+            self._model.get_submodule(name).register_forward_hook(_Addition(update, rows))
             for name, update in self._adapter.updates.items()
         ]
         try:
@@ -37,7 +36,16 @@ class AdapterHooks:
                 hook.remove()
 
 
-def _add(update: LowRankUpdate, rows: slice, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-    """y += scale (x down^T) up^T, in the order of PEFT's own sum."""
-    x = args[0][..., rows, :].to(update.down.dtype)
-    output[..., rows, :] += linear(linear(x, update.down), update.up) * update.scale
+class _Addition:
+    """Adds one update to some rows of a module's output: y += scale (x down^T) up^T, in the order of PEFT's own sum."""
+
+    def __init__(self, update: LowRankUpdate, rows: slice) -> None:
+        self._update = update
+        self._rows = rows
+
+    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        update, x = self._update, args[0][..., self._rows, :]
+        # Of one row, a slice of three dimensions is multiplied in another way than several are, and ends in other bits.
+        flat = x.reshape(-1, x.shape[-1]).to(update.down.dtype)
+        change = linear(linear(flat, update.down), update.up) * update.scale
+        output[..., self._rows, :] += change.view(*x.shape[:-1], -1)

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 from raindecode.engine import sampler
 from raindecode.engine.branch import Branch
 from raindecode.engine.logit_rows import HostRow, KeptRows, LogitRow
-from raindecode.engine.mixing import MixDraw, draw_mixed, measure, mixed_row, weight_for_kl
+from raindecode.engine.mixing import MixDraw, draw_mixed, measure, mixed_row, plausible_row, weight_for_kl
 from raindecode.engine.sampler import Drawn
 from raindecode.engine.types import Draw, Got, Want
 from raindecode.errors import NumericError
@@ -48,27 +48,37 @@ class Answers:
         """Rows held at the end of `branch`, by model."""
         if not len(self.kept):
             return {}
+        if branch.models == 1:
+            kept = self.kept.get(branch.hash, 0)
+            return {} if kept is None else {0: kept}
         models = (model for model in range(branch.models.bit_length()) if branch.models >> model & 1)
         found = ((model, self.kept.get(branch.hash, model)) for model in models)
         return {model: row for model, row in found if row is not None}
 
     def answer(self, wants: Sequence[tuple[Want, Rows]]) -> list[Got | Exception]:
         """An answer per want, or why there is none."""
-        asked: list[_Asked] = []
-        for want, rows in wants:
-            mix = want.branch.mix
-            if want.needs_logits and mix.target_kl is not None:
-                mix = _aimed(mix, rows)
-            asked.append(_Asked(want, mix, mix.single, rows))
-        drawn = self._draw([(one, draw) for one in asked for draw in one.want.draws])
+        asked = [self._asked(want, rows) for want, rows in wants]
+        drawn = self._draw([(one, draw) for one in asked if isinstance(one, _Asked) for draw in one.want.draws])
         found: list[Got | Exception] = []
         for one in asked:
+            if isinstance(one, Exception):
+                found.append(one)
+                continue
             mine = [next(drawn) for _ in one.want.draws]
             try:
                 found.append(self._got(one, mine))
             except Exception as error:
                 found.append(error)
         return found
+
+    def _asked(self, want: Want, rows: Rows) -> _Asked | Exception:
+        mix = want.branch.mix
+        try:
+            if want.needs_logits and mix.target_kl is not None:
+                mix = _aimed(mix, rows, self.vocab_size)
+        except Exception as error:
+            return error
+        return _Asked(want, mix, mix.single, rows)
 
     def _draw(self, draws: Sequence[tuple[_Asked, Draw]]) -> Iterator[Drawn | Exception]:
         """All draws of a step; where one cannot be made, its error."""
@@ -87,24 +97,35 @@ class Answers:
         try:
             return draw_mixed(draws, self.vocab_size)
         except Exception:  # one by one, so that only the request at fault ends
-            return [_result_or_error(lambda one=one: draw_mixed([one], self.vocab_size)[0]) for one in draws]
+            return [self._draw_one(one) for one in draws]
+
+    def _draw_one(self, draw: MixDraw) -> Drawn | Exception:
+        try:
+            return draw_mixed([draw], self.vocab_size)[0]
+        except Exception as error:
+            return error
 
     def _draw_on_host(self, draws: Sequence[tuple[_Asked, Draw]]) -> Sequence[Drawn | Exception]:
         if not draws:
             return ()
         numbers = sampler.uniforms([d.key for _, d in draws], [d.counter for _, d in draws])
-        rows: dict[int, HostRow] = {}  # a mixed row is made once however many draws it has
-        for one, _ in draws:
-            if id(one) not in rows:
-                rows[id(one)] = self._host_row(one)
-        requests = [
-            sampler.DrawRequest(rows[id(one)], d.shape, None if d.greedy else number, d.context, d.logprob)
-            for (one, d), number in zip(draws, numbers, strict=True)
-        ]
-        try:
-            drawn: Sequence[Drawn | Exception] = sampler.draw_all(requests)
-        except Exception:
-            drawn = [_result_or_error(lambda r=r: sampler.draw_all([r])[0]) for r in requests]
+        rows: dict[int, HostRow | Exception] = {}  # a mixed row is made once however many draws it has
+        requests: list[sampler.DrawRequest | Exception] = []
+        for (one, d), number in zip(draws, numbers, strict=True):
+            row = rows.get(id(one))
+            if row is None:
+                row = rows[id(one)] = self._row_or_error(one)
+            whole = (
+                row
+                if isinstance(row, Exception)
+                else sampler.DrawRequest(row, d.shape, None if d.greedy else number, d.context, d.logprob)
+            )
+            requests.append(whole)
+        drawn = _drawn_on_host(requests)
+        for i, ((one, _), result) in enumerate(zip(draws, drawn, strict=True)):
+            if one.mix.plausibility and isinstance(result, Drawn):  # of the mixture, not of what the filter left of it
+                (logprob,) = sampler.log_softmax_at(self._host_row(one), [result.token])
+                drawn[i] = result._replace(logprob=logprob)
         if not any(one.mix.stats for one, _ in draws):
             return drawn
         wanted = [
@@ -113,12 +134,23 @@ class Answers:
             if one.mix.stats and not isinstance(result, Exception)
         ]
         measured = measure([(one.rows, one.mix, result.token) for _, one, result in wanted], self.vocab_size)
-        whole = list(drawn)
         for (i, _, result), found in zip(wanted, measured, strict=True):
-            whole[i] = result._replace(measured=found)
-        return whole
+            drawn[i] = result._replace(measured=found)
+        return drawn
+
+    def _row_or_error(self, one: _Asked) -> HostRow | Exception:
+        try:
+            return self._drawable_row(one)
+        except Exception as error:
+            return error
+
+    def _drawable_row(self, one: _Asked) -> HostRow:
+        """The row behind a want without what is implausible."""
+        row = self._host_row(one)
+        return row if one.single is not None else plausible_row(row, one.rows, one.mix, self.vocab_size)
 
     def _host_row(self, one: _Asked) -> HostRow:
+        """The row behind a want, mixed where it is a mixture's."""
         if one.single is None:
             return mixed_row(one.rows, one.mix, self.vocab_size)
         row = one.rows[one.single]
@@ -136,7 +168,7 @@ class Answers:
         if want.top or want.gather or want.logits:
             row = self._host_row(one)
             if want.top:
-                got.top_ids, got.top_probs = sampler.top_probs(row, want.top)
+                got.top_ids, got.top_probs = sampler.top_probs(self._drawable_row(one), want.top)
             got.gathered = [float(row[i]) for i in want.gather]
             if any(math.isnan(value) for value in got.gathered):
                 raise NumericError("a row of logits holds NaN: the model produced no number")
@@ -153,19 +185,28 @@ def _is_fused(one: _Asked, draw: Draw) -> bool:
     return one.single is None and plain and not draw.greedy and not one.want.keep
 
 
-def _aimed(mix: Mix, rows: Rows) -> Mix:
+def _drawn_or_error(request: sampler.DrawRequest) -> Drawn | Exception:
+    try:
+        return sampler.draw_all([request])[0]
+    except Exception as error:
+        return error
+
+
+def _drawn_on_host(requests: Sequence[sampler.DrawRequest | Exception]) -> list[Drawn | Exception]:
+    good = [request for request in requests if isinstance(request, sampler.DrawRequest)]
+    try:
+        made: Iterator[Drawn | Exception] = iter(sampler.draw_all(good))
+    except Exception:  # one by one, so that only the request at fault ends
+        made = iter([_drawn_or_error(r) for r in good])
+    return [next(made) if isinstance(request, sampler.DrawRequest) else request for request in requests]
+
+
+def _aimed(mix: Mix, rows: Rows, vocab_size: int) -> Mix:
     """The mixture with the weights its target leads to here."""
     reference, aligned = rows
     assert mix.target_kl is not None
     assert reference is not None
     assert aligned is not None
-    weight = weight_for_kl(reference.host, aligned.host, mix.target_kl, mix.max_weight).weight
+    both = reference.host[:vocab_size], aligned.host[:vocab_size]
+    weight = weight_for_kl(*both, mix.target_kl, mix.max_weight).weight
     return replace(mix, weights=(1.0 - weight, weight))
-
-
-def _result_or_error(make: object) -> Drawn | Exception:
-    try:
-        result: Drawn | Exception = make()  # type: ignore[operator]
-        return result
-    except Exception as error:
-        return error

@@ -81,7 +81,7 @@ class _Plan:
     rows: dict[int, Row] = field(default_factory=dict)
     served: list[tuple[Task, int, int, dict[int, LogitRow]]] = field(default_factory=list)
     charged: dict[Task, int] = field(default_factory=dict)
-    forwards: int = 0
+    forwards: list[int] = field(default_factory=list)  # masks of the models that ran in each
 
     def add(self, rows: Iterable[Row]) -> int:
         """Plan rows; how many times a model has to run one that it was not planned to."""
@@ -269,7 +269,7 @@ class Engine:
             again = 0
             if want.needs_logits:
                 kept = self._answers.kept_rows(branch)
-                again = branch.models & ~sum(1 << model for model in kept)
+                again = _lacking(branch.models, kept)
             if again and not tokens and cursor.length:
                 tokens = [cursor.node.tokens[cursor.offset - 1]]
                 self.tree.rewind(cursor, 1)
@@ -288,8 +288,7 @@ class Engine:
         wanted: dict[int, int] = {}
         for task, i, slot, kept in plan.served:
             if task.wants[i].needs_logits:
-                lacking = task.wants[i].branch.models & ~sum(1 << model for model in kept)
-                wanted[slot] = wanted.get(slot, 0) | lacking
+                wanted[slot] = wanted.get(slot, 0) | _lacking(task.wants[i].branch.models, kept)
         found: StepRows = {}
         for forward in plan_forwards(self.models, plan.rows.values(), self.max_rows, self.pad_rows):
             names: list[tuple[int, int]] = []
@@ -300,7 +299,7 @@ class Engine:
                 wanted_rows.append([row for _, row in rows])
             logits = Logits(forward.run(wanted_rows))
             self.model_steps += 1
-            plan.forwards += 1
+            plan.forwards.append(sum(1 << model for model in forward.models))
             found.update((name, LogitRow(logits, i)) for i, name in enumerate(names))
         return found
 
@@ -359,11 +358,13 @@ class Engine:
     # ---- bookkeeping ----------------------------------------------------------------------------------------------
     def _book(self, plan: _Plan, seconds: dict[str, float]) -> None:
         total = sum(plan.charged.values()) or 1
-        tasks = dict.fromkeys(task for task, *_ in plan.served)
-        for task in tasks:
+        tasks: dict[Task, int] = {}  # with the models they asked
+        for task, i, *_ in plan.served:
+            tasks[task] = tasks.get(task, 0) | task.wants[i].branch.models
+        for task, models in tasks.items():
             rows = plan.charged.get(task, 0)
             task.ledger.tokens_charged += rows
-            task.ledger.model_steps += plan.forwards
+            task.ledger.model_steps += sum(1 for mask in plan.forwards if mask & models)
             share = rows / total if plan.rows else 1.0 / len(tasks)
             for phase, spent in seconds.items():
                 task.ledger.seconds[phase] = task.ledger.seconds.get(phase, 0.0) + spent * share
@@ -411,6 +412,13 @@ class Engine:
             f"{task.ledger.kv_tokens_peak} and the next step adds up to {pending}. Raise kv_tokens "
             "(Decoder.from_pretrained(..., kv_tokens=N) or --kv-tokens N), or shorten the prompt"
         )
+
+
+def _lacking(models: int, kept: Iterable[int]) -> int:
+    """Of the mask `models`, those whose rows are not kept."""
+    for model in kept:
+        models &= ~(1 << model)
+    return models
 
 
 def _call_together(function: Any, tasks: Sequence[Task]) -> list[tuple[Task, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,10 +42,9 @@ class FusedAdapter:
     def __init__(self, adapter: Adapter, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         names = {id(module): name for name, module in model.named_modules()}
         left = set(adapter.updates)
-        blocks, joined = [], []
+        blocks = []
         for layer in layers:
             updates: dict[str, tuple[LowRank, ...]] = {}
-            whole: dict[str, _Joined] = {}
             for product, (parent, parts) in PRODUCTS.items():
                 found, first = [], 0
                 for part in parts:
@@ -57,18 +56,20 @@ class FusedAdapter:
                         found.append(LowRank(update.down, update.up, first, update.scale))
                     first += module.out_features
                 updates[product] = tuple(found)
-                if found:
-                    whole[product] = _join(found, first)
             blocks.append(BlockUpdate(**updates))
-            joined.append(whole)
         if left:
             raise NotFusible(f"its adapter {adapter.name} updates {sorted(left)[0]}")
         self.blocks: tuple[BlockUpdate, ...] = tuple(blocks)
-        self._joined: list[Mapping[str, _Joined]] = list(joined)
+        self._joined: dict[
+            tuple[int, str], _Joined | None
+        ] = {}  # made when first asked for: the native step needs none
 
     def add_(self, layer: int, product: str, x: Tensor, y: Tensor) -> None:
         """Update the outputs y [n, out] of the rows x [n, in] in place."""
-        update = self._joined[layer].get(product)
+        if (layer, product) not in self._joined:
+            parts: tuple[LowRank, ...] = getattr(self.blocks[layer], product)
+            self._joined[layer, product] = _join(parts, y.shape[-1]) if parts else None
+        update = self._joined[layer, product]
         if update is not None:
             y.addmm_(x @ update.down.t(), update.up.t(), alpha=update.scale)
 

@@ -203,9 +203,14 @@ class KVTree:
 
     def commit(self) -> None:
         """The rows returned since the last commit have run: their K/V may be matched from now on."""
-        for node, _ in self._pending:
+        refilled = []
+        for node, gained in self._pending:
             node.ready = len(node.tokens)
+            if gained:
+                refilled.append(node)
         self._pending.clear()
+        for node in refilled:
+            self._rejoin(node)
 
     def rollback(self) -> None:
         """The step failed: forget the tokens that were not run. Cursors beyond them move back to what is left."""
@@ -277,6 +282,31 @@ class KVTree:
             node = self._split(node, moved)
         self._move(cursor, node, len(node.tokens))
         return node
+
+    def _rejoin(self, node: Node) -> None:
+        """Give a node's run to its parent where nothing tells them apart any more: the cut was where a pool ended.
+
+        A chain that follows another one with more pools is refilled token by token, and would leave a node for each.
+        """
+        parent = node.parent
+        if parent is None or parent.parent is None or node.spare or parent.spare:
+            return
+        if len(parent.children) > 1 or parent.pools != node.pools or parent.ready < len(parent.tokens):
+            return
+        shift = len(parent.tokens)
+        parent.tokens.extend(node.tokens)
+        parent.slots.extend(node.slots)
+        parent.ready += node.ready
+        parent.children = node.children
+        for child in node.children.values():
+            child.parent = parent
+        for cursor in node.cursors:
+            cursor.node = parent
+            cursor.offset += shift
+            parent.cursors.add(cursor)
+        node.cursors, node.children, node.parent = set(), {}, None
+        if self._evictable.pop(node, 0) is None and not parent.cursors and not parent.children:
+            self._evictable[parent] = None
 
     def _append(self, cursor: Cursor, tokens: Sequence[int], reserve: int, pools: int) -> list[Row]:
         node = cursor.node

@@ -63,14 +63,14 @@ class LogitRow:
         return cls(Logits(None, row[None]), 0)
 
 
-def stacked(rows: Sequence[LogitRow], device: torch.device) -> Tensor:
-    """[n, vocabulary] of rows on `device`; nothing is copied where they lie like that already."""
+def stacked(rows: Sequence[LogitRow], device: torch.device, width: int) -> Tensor:
+    """[n, width] of rows on `device`, their first columns; nothing is copied where they lie like that already."""
     source, first = rows[0].source, rows[0].index
     if source.there.device == device and all(
         row.source is source and row.index == first + i for i, row in enumerate(rows)
     ):
-        return source.there[first : first + len(rows)]
-    parts = [row.source.there[row.index].to(device) for row in rows]
+        return source.there[first : first + len(rows), :width]
+    parts = [row.source.there[row.index, :width].to(device) for row in rows]
     if len({part.dtype for part in parts}) > 1:  # a kept row is float32
         parts = [part.float() for part in parts]
     return torch.stack(parts)

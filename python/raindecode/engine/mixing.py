@@ -80,15 +80,30 @@ def mixed_row(rows: Rows, mix: Mix, vocab_size: int) -> HostRow:
             z += weight * (logits - base)
             banned |= np.isneginf(logits)
     z[banned] = -np.inf
-    if mix.plausibility:
-        row = rows[mix.plausibility_model]
-        assert row is not None
-        judge = row.host[:vocab_size]
-        z[judge < judge.max() + np.log(mix.plausibility)] = -np.inf
     width = max(len(row.host) for row in rows if row is not None)
     whole = np.full(width, -np.inf, dtype=np.float32)
     whole[:vocab_size] = z
     return whole
+
+
+def plausible_row(mixed: HostRow, rows: Rows, mix: Mix, vocab_size: int) -> HostRow:
+    """A mixed row without the tokens the judging model finds implausible.
+
+    Raises:
+        NumericError: that model's row holds NaN or +inf, or nothing but -inf.
+    """
+    if not mix.plausibility:
+        return mixed
+    row = rows[mix.plausibility_model]
+    assert row is not None
+    judge = row.host[:vocab_size]
+    top = judge.max()
+    if not np.isfinite(top):
+        raise NumericError(f"a row of logits has maximum {top}: the model produced NaN, +inf or nothing but -inf")
+    kept = np.full_like(mixed, -np.inf)
+    plausible = judge >= top + np.log(mix.plausibility)
+    kept[:vocab_size][plausible] = mixed[:vocab_size][plausible]
+    return kept
 
 
 @dataclass(frozen=True)
@@ -110,9 +125,11 @@ def weight_for_kl(reference: HostRow, aligned: HostRow, target: float, most: flo
     delta = aligned[proper].astype(np.float64) - h
     if not len(h):
         return Solved(0.0, 0.0)
+    top = h.max()
+    # Of the reference with the tokens the aligned model rules out: at any weight above 0 the mixture has lost them.
+    lse = np.log(np.exp(reference[np.isfinite(reference)].astype(np.float64) - top).sum())
     delta -= delta.mean()  # a constant changes nothing, and a large one would cancel badly
-    h -= h.max()
-    lse = np.log(np.exp(h).sum())
+    h -= top
 
     def at(weight: float) -> tuple[float, float]:
         z = h + weight * delta
@@ -123,10 +140,10 @@ def weight_for_kl(reference: HostRow, aligned: HostRow, target: float, most: flo
         variance = float(p @ (delta - mean) ** 2 / mass)
         return weight * mean - float(top + np.log(mass) - lse), weight * variance
 
-    kl, slope = at(most)
+    kl, _ = at(most)
     if kl <= target:
         return Solved(most, kl)
-    low, high, weight = 0.0, most, min(most, _first_guess(at(0.0), h, delta, target))
+    low, high, weight = 0.0, most, min(most, _first_guess(h, delta, target))
     for _ in range(_ROUNDS):
         kl, slope = at(weight)
         if abs(kl - target) <= _KL_TOLERANCE * target:
@@ -140,9 +157,7 @@ def weight_for_kl(reference: HostRow, aligned: HostRow, target: float, most: flo
 _ROUNDS, _KL_TOLERANCE = 60, 1e-6
 
 
-def _first_guess(
-    at_zero: tuple[float, float], h: npt.NDArray[np.float64], delta: npt.NDArray[np.float64], target: float
-) -> float:
+def _first_guess(h: npt.NDArray[np.float64], delta: npt.NDArray[np.float64], target: float) -> float:
     """Near 0 the divergence is w^2 Var_0(delta) / 2."""
     p = np.exp(h - h.max())
     p /= p.sum()
@@ -158,7 +173,7 @@ def _run(draws: Sequence[MixDraw], vocab_size: int, stats: bool, plausible: int)
     for model in range(models):
         # A model of weight 0 is not read, so where it has no row any other stands in for it.
         mine = [one.rows[model] or next(row for row in one.rows if row is not None) for one in draws]
-        logits.append(stacked(mine, device))
+        logits.append(stacked(mine, device, vocab_size))
     if len({part.dtype for part in logits}) > 1:
         logits = [part.float() for part in logits]
     numbers = torch.tensor(
@@ -171,7 +186,8 @@ def _run(draws: Sequence[MixDraw], vocab_size: int, stats: bool, plausible: int)
     return mix_sample(
         logits, weights, temperature=temperature, top_k=whole[:, 3].int(), top_p=top_p, min_p=min_p,
         seed=whole[:, 0].contiguous(), position=whole[:, 1:3].contiguous(),
-        plausibility=share if share.any() else None, plausibility_model=plausible, vocab_size=vocab_size, stats=stats,
+        plausibility=share if any(d.mix.plausibility for d in draws) else None, plausibility_model=plausible,
+        vocab_size=vocab_size, stats=stats,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from raindecode.engine.engine import Engine, Task
 from raindecode.engine.logit_rows import HostRow
 from raindecode.engine.model_runner import ModelRunner, architecture
 from raindecode.engine.rotary import NotFusible
-from raindecode.engine.types import Want
+from raindecode.engine.types import Search, Want
 from raindecode.errors import UnsupportedModelError
 from raindecode.mixture import Mix
 from rainkernels.ops.attention import attention_plan
@@ -133,19 +133,40 @@ def _difference(got: HostRow, expected: HostRow) -> float:
 
 
 def rows_are_invariant(engine: Engine) -> bool:
-    """True when rows keep their bits whatever the number of rows in the forward, of every adapter too."""
-    model = engine.runner.model
-    vocabulary = model.config.get_text_config().vocab_size
-    stem = _tokens(_STEM, vocabulary, 1)
-    paths = [[*stem, int(t)] for t in _tokens(max(_ROW_COUNTS), vocabulary, 2)]
-    for member in range(engine.runner.num_members):
-        whole = _logits(engine, paths, member)
-        for count in _ROW_COUNTS:
-            for first in range(0, len(paths), max(count, len(paths) // 2)):
-                part = _logits(engine, paths[first : first + count], member)
-                if any(not np.array_equal(a, b) for a, b in zip(part, whole[first:], strict=False)):
-                    return False
+    """True when rows keep their bits whatever the number of rows in the forward, of every adapter too and beside its base."""
+    vocabulary = engine.runner.model.config.get_text_config().vocab_size
+    stem, tokens = _tokens(_STEM, vocabulary, 1), _tokens(max(_ROW_COUNTS), vocabulary, 2)
+    everyone = range(engine.runner.num_members)
+    companies = [[member] for member in everyone] + [list(everyone)] * (len(everyone) > 1)
+    whole = {member: _after_stem(engine, stem, tokens, [member])[0] for member in everyone}
+    for count in _ROW_COUNTS:
+        for first in range(0, len(tokens), max(count, len(tokens) // 2)):
+            for members in companies:
+                parts = _after_stem(engine, stem, tokens[first : first + count], members)
+                for member, rows in zip(members, parts, strict=True):
+                    if any(not np.array_equal(a, b) for a, b in zip(rows, whole[member][first:], strict=False)):
+                        return False
     return True
+
+
+def _after_stem(
+    engine: Engine, stem: Sequence[int], tokens: Sequence[int], members: Sequence[int]
+) -> list[list[HostRow]]:
+    """Logits after `stem` and each of `tokens`, by member; the stem has run before, so the last forward has their rows only."""
+
+    def search() -> Generator[Any, Any, list[list[HostRow]]]:
+        stems = [engine.open(ledger, stem, _alone(engine, member)) for member in members]
+        yield [Want(branch, top=1) for branch in stems]
+        tips = [branch.fork() for branch in stems for _ in tokens]
+        for tip, token in zip(tips, list(tokens) * len(stems), strict=True):
+            tip.append([token])
+        answers = yield [Want(tip, logits=True) for tip in tips]
+        rows = [answer.logits for answer in answers]
+        return [rows[i : i + len(tokens)] for i in range(0, len(rows), len(tokens))]
+
+    ledger = Ledger()
+    result: list[list[HostRow]] = _result(engine, search(), ledger)
+    return result
 
 
 def _sequences(model: PreTrainedModel) -> list[list[int]]:
@@ -163,14 +184,22 @@ def _logits(engine: Engine, paths: Sequence[Sequence[int]], model: int = 0) -> l
     """Logits of one of the engine's models after each path, all run in one step; nothing stays cached."""
 
     def search() -> Generator[Any, Any, list[HostRow]]:
-        answers = yield [Want(engine.open(ledger, path, alone), logits=True) for path in paths]
+        answers = yield [Want(engine.open(ledger, path, _alone(engine, model)), logits=True) for path in paths]
         return [answer.logits for answer in answers]
 
-    alone = Mix(tuple(float(i == model) for i in range(len(engine.models))))
     ledger = Ledger()
-    (task,) = engine.run([Task(search(), ledger)])
+    result: list[HostRow] = _result(engine, search(), ledger)
+    return result
+
+
+def _alone(engine: Engine, model: int) -> Mix:
+    return Mix(tuple(float(i == model) for i in range(len(engine.models))))
+
+
+def _result(engine: Engine, search: Search, ledger: Ledger) -> Any:
+    """What a search returns; nothing stays cached."""
+    (task,) = engine.run([Task(search, ledger)])
     engine.tree.clear()
     if task.error is not None:
         raise task.error
-    result: list[HostRow] = task.result
-    return result
+    return task.result

@@ -58,6 +58,11 @@ def check_same_tokenizer(reference: PreTrainedTokenizerBase, other: PreTrainedTo
         _log.warning("the chat template of %s differs; prompts are written in the reference model's", name)
 
 
+def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Ids of a tokenizer: 0 to the result, exclusive. There may be gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def shared_vocab_size(tokenizer: PreTrainedTokenizerBase, widths: Sequence[int], names: Sequence[str]) -> int:
     """Ids that are tokens in every model: 0 to the result, exclusive.
 
@@ -71,7 +76,7 @@ def shared_vocab_size(tokenizer: PreTrainedTokenizerBase, widths: Sequence[int],
     Raises:
         VocabularyError: a model has fewer logits than the tokenizer has ids, or the widths differ by more than padding explains.
     """
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    size = token_count(tokenizer)
     rows = ", ".join(f"{name} {width}" for name, width in zip(names, widths, strict=True))
     if size < 1:
         raise VocabularyError("the tokenizer has no tokens; give a tokenizer that belongs to the models")

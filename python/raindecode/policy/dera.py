@@ -70,18 +70,24 @@ class DeRa:
             raise ConfigError(
                 f"DeRa plausibility_model is {self.plausibility_model!r}; allowed: 0 for the reference, i for the i-th aligned model"
             )
+        if self.kl is not None and weights != (1.0,):
+            raise ConfigError(
+                f"DeRa was given the weight {", ".join(f"{w:g}" for w in weights)} and a KL to solve it for; give one of them"
+            )
         if self.kl is not None and not (_is_number(self.kl) and self.kl > 0):
             raise ConfigError(f"the DeRa target is a KL of {self.kl!r}; allowed: a finite number of nats above 0")
         if not (_is_number(self.max_weight) and 0 < self.max_weight <= _LARGEST):
             raise ConfigError(f"DeRa max_weight is {self.max_weight!r}; allowed: above 0, up to {_LARGEST:g}")
 
     @classmethod
-    def target_kl(cls, kl: float, *, max_weight: float = 2.0, **options: object) -> DeRa:
+    def target_kl(
+        cls, kl: float, *, max_weight: float = 2.0, plausibility: float = 0.0, plausibility_model: int = 1
+    ) -> DeRa:
         """λ solved for at every token so that KL(mixture || reference) is `kl` nats, at most `max_weight`.
 
         For a decoder with one aligned model. What was chosen and reached is in Completion.mixture.
         """
-        return cls(1.0, kl=kl, max_weight=max_weight, **options)  # type: ignore[arg-type]
+        return cls(kl=kl, max_weight=max_weight, plausibility=plausibility, plausibility_model=plausibility_model)
 
     @property
     def label(self) -> str:

@@ -21,13 +21,14 @@ class Answer:
         self._rain = rain
         self._codec = context.codec
         self._request = context.request
+        self._eos = context.eos_token_ids
         self.stops = tuple(dict.fromkeys(rain.stop + context.request.stop))
         self._last_characters = frozenset(stop[-1] for stop in self.stops)
         self._cannot_stop: dict[int, bool] = {}
 
     def text(self, tokens: list[int]) -> str:
         """Text of generated tokens, cut at a stop string; tokens that end the answer are not text."""
-        if tokens and (tokens[-1] in self._codec.eos_token_ids or tokens[-1] in self._request.stop_token_ids):
+        if tokens and (tokens[-1] in self._eos or tokens[-1] in self._request.stop_token_ids):
             tokens = tokens[:-1]
         text = self._codec.continuation(self._request.prompt_ids, tokens)
         at = find_stop(text, self.stops)
@@ -42,7 +43,7 @@ class Answer:
         """Why the answer ends within `tokens`, None while it goes on."""
         if not tokens:
             return None
-        if not self._codec.eos_token_ids.isdisjoint(tokens):
+        if not self._eos.isdisjoint(tokens):
             return "eos"
         if not self._request.stop_token_ids.isdisjoint(tokens):
             return "stop"
@@ -54,7 +55,7 @@ class Answer:
         """Whether a candidate chain of `tokens` behind `path` ends the answer with its last token."""
         if len(path) + len(tokens) >= self._request.max_new_tokens:
             return True
-        if tokens[-1] in self._codec.eos_token_ids or tokens[-1] in self._request.stop_token_ids:
+        if tokens[-1] in self._eos or tokens[-1] in self._request.stop_token_ids:
             return True
         if not self.stops or self._completes_no_stop(tokens[-1]):
             return False

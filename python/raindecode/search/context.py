@@ -6,6 +6,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.engine import Engine
 from raindecode.engine.types import HostCall, Search, Want
@@ -36,6 +38,16 @@ class SearchContext:
     def open_first(self, tokens: Sequence[int]) -> Branch:
         """A branch of `tokens` of the first model of the mixture alone: the reference, unless its weight is 0."""
         return self.engine.open(self.ledger, tokens, self.request.mix.only_first)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end the request's answer."""
+        return self.codec.eos_token_ids if self.request.eos_token_ids is None else self.request.eos_token_ids
+
+    @property
+    def first_model(self) -> PreTrainedModel:
+        """The model of `open_first`."""
+        return self.engine.models[self.request.mix.first][0].model
 
     def stats(self, *, iterations: int = 0, evaluations: int = 0) -> Stats:
         """The request's counters so far."""

@@ -62,7 +62,7 @@ class HiddenStates:
     _CENTER_TOKENS = 16
 
     def dimension(self, context: SearchContext) -> int:
-        return int(context.engine.runner.model.config.get_text_config().hidden_size)
+        return int(context.first_model.config.get_text_config().hidden_size)
 
     def embed(self, context: SearchContext, paths: Paths) -> Generator[Any, Any, Tensor]:
         wants = [Want(paths.branch, pool_from=paths.starts)]

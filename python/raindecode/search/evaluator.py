@@ -205,7 +205,7 @@ def _letters(codec: Codec, template: JudgeTemplate) -> tuple[int, list[int]]:
 
 def _check_room(context: SearchContext, length: int) -> None:
     """Refuse an evaluation prompt the model has no positions for, before it reaches the shared forward."""
-    config = context.engine.runner.model.config.get_text_config()
+    config = context.first_model.config.get_text_config()
     room = getattr(config, "max_position_embeddings", None)
     if room is not None and length > room:
         raise EvaluatorError(

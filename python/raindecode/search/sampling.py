@@ -106,7 +106,7 @@ class _Answer:
         self._context = context
         self._stream = TextStream(context.codec, request.prompt_ids)
         self._stops = tuple(dict.fromkeys(sampling.stop + request.stop))
-        self._eos = frozenset() if sampling.ignore_eos else context.codec.eos_token_ids
+        self._eos = frozenset() if sampling.ignore_eos else context.eos_token_ids
         self._stop_ids = request.stop_token_ids | frozenset(sampling.stop_token_ids)
         self._hold = (
             max((len(s) for s in self._stops), default=1) - 1
