@@ -104,6 +104,11 @@ def with_tensors(value: Any, tensors: Iterator[Any]) -> Any:
     return value
 
 
+def listed(value: Any, otherwise: list[Any]) -> list[Any]:
+    """The list a change left; a list of tensors one of which is none already may have become a number."""
+    return value if isinstance(value, list) else otherwise
+
+
 # Steps
 
 
@@ -139,8 +144,6 @@ def step_call(rng: Random) -> Call:
         slots[own] = ints(rng.sample(range(1, num_slots[-1]), len(own)))
     if total and rng.random() < 0.2:  # rows that nothing sees may share a slot
         slots[rng.randrange(total) :] = 0
-        parallel = total * (case.num_qo_heads + 2 * case.num_kv_heads) * case.head_dim > 1 << 16
-        slots[0 if parallel else total :] = 0
     shape, kept = (case.num_kv_heads, case.head_dim), [m for m in range(len(num_slots)) if rng.random() < 0.5]
     positions = rng.choice([1, 30])
     cos, sin = rotary(positions, case.head_dim)
@@ -149,6 +152,7 @@ def step_call(rng: Random) -> Call:
         "stack": weights, "updates": adapters, "threads": rng.choice([1, 2]),
         "num_qo_heads": case.num_qo_heads, "num_kv_heads": case.num_kv_heads, "head_dim": case.head_dim,
         "softmax_scale": case.head_dim**-0.5, "softcap": case.softcap, "sliding_window": weights.blocks[0].sliding_window,
+        "eps": weights.norm.eps,
         "weights": tensors_of(weights),
         "pools": [randn(rng, n, *shape) for n in num_slots for _ in range(2 * case.num_blocks)],
         "kept": tuple(kept),
@@ -177,7 +181,8 @@ def stack_of(
     made: StackWeights = with_tensors(stack, iter(weights))
     of_block = {name: numbers.pop(name) for name in OF_BLOCK if name in numbers}
     of_update = {name: numbers.pop(name) for name in ("first", "scale") if name in numbers}
-    made = replace(made, blocks=(replace(made.blocks[0], **of_block), *made.blocks[1:]), **numbers)
+    norm = made.norm._replace(**{name: numbers.pop(name) for name in ("eps",) if name in numbers})
+    made = replace(made, norm=norm, blocks=(replace(made.blocks[0], **of_block), *made.blocks[1:]), **numbers)
     changed = with_tensors(tuple(updates), iter(adapters))
     return DecoderStack(made, with_first(changed, of_update))
 
@@ -200,9 +205,11 @@ def run_step(
     parts: tuple[tuple[int, int, bool], ...], threads: int, ids: Any, positions: Any, slots: Any, cos: Any, sin: Any,
     wanted: Any, member: Any = None, rows: Any = None, **numbers: Any,
 ) -> Tensor:  # fmt: skip
-    if unknown := numbers.keys() - {*OF_STACK, *OF_BLOCK, "first", "scale"}:
+    if unknown := numbers.keys() - {*OF_STACK, *OF_BLOCK, "eps", "first", "scale"}:
         raise TypeError(f"unknown keywords {unknown}")
-    made = stack_of(stack, updates, weights, tensors_of(updates) if adapters is None else adapters, numbers)
+    weights, adapters = listed(weights, tensors_of(stack)), listed(adapters, tensors_of(updates))
+    made = stack_of(stack, updates, weights, adapters, numbers)
+    pools, states = listed(pools, []), listed(states, [])
     pairs, n = list(zip(pools[::2], pools[1::2], strict=True)), len(stack.blocks)
     for i in range(made.num_members):
         made.set_pools(pairs[i * n : (i + 1) * n], i)
@@ -214,7 +221,10 @@ def run_step(
     if step_parts:
         step_parts[0] = step_parts[0]._replace(member=member, rows=rows)
     with exact_memory(), with_threads(threads):
-        return made.step(ids, positions, slots, step_parts, cos, sin, wanted)
+        logits = made.step(ids, positions, slots, step_parts, cos, sin, wanted)
+    for written in (*pools, *(part.states for part in step_parts if part.states is not None)):
+        written[0] = 0  # where several rows meet, whichever comes last stays
+    return logits
 
 
 @contextmanager
@@ -256,7 +266,7 @@ def product(*, x: Any, weight: Any, bias: Any = None, out: Any = None, threads: 
 OF_STACK = ("num_qo_heads", "num_kv_heads", "head_dim")
 OF_BLOCK = ("softmax_scale", "softcap", "sliding_window")  # of the first one
 _STRUCTURE = ("stack", "updates", "threads", "kept", "plans", "parts")
-_OF_STACK = ("weights", "adapters", *OF_STACK, *OF_BLOCK, "first", "scale")
+_OF_STACK = ("weights", "adapters", *OF_STACK, *OF_BLOCK, "eps", "first", "scale")
 _OF_STEP = ("ids", "positions", "slots", "cos", "sin", "wanted", "pools", "states", "member", "rows")
 _NAMED = ("blocks", "embedding", "norm", "head", "heads", "parts")
 # A wrong number in a weight or in a pool can leave no digits to agree on; rows that meet in a slot are in a race.
