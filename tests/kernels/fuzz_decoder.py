@@ -129,6 +129,11 @@ def random_plan(rng: Random, rows: int, num_slots: int) -> Columns:
     return dict(zip(PLAN, map(ints, (parent, start, indptr, slots, at, position)), strict=True))
 
 
+def below(rng: Random, limit: int, n: int) -> Tensor:
+    """Numbers from 0 on, the last one often: one more is a wrong call."""
+    return torch.tensor([rng.choice([limit - 1, rng.randrange(limit)]) for _ in range(n)], dtype=torch.int64)
+
+
 def step_call(rng: Random) -> Call:
     case = random_case(rng)
     weights = case.make(rng.getrandbits(30))
@@ -147,7 +152,7 @@ def step_call(rng: Random) -> Call:
     shape, kept = (case.num_kv_heads, case.head_dim), [m for m in range(len(num_slots)) if rng.random() < 0.5]
     positions = rng.choice([1, 30])
     cos, sin = rotary(positions, case.head_dim)
-    wanted = [rng.randrange(total) for _ in range(rng.choice([0, 1, 2, 5, 20]))] if total else []
+    num_wanted = rng.choice([0, 1, 2, 5, 20]) if total else 0
     call: Call = {
         "stack": weights, "updates": adapters, "threads": rng.choice([1, 2]),
         "num_qo_heads": case.num_qo_heads, "num_kv_heads": case.num_kv_heads, "head_dim": case.head_dim,
@@ -158,9 +163,9 @@ def step_call(rng: Random) -> Call:
         "kept": tuple(kept),
         "plans": tuple(random_plan(rng, n, num_slots[m]) for m, n in zip(members, sizes, strict=True)),
         "parts": tuple((m, n, rng.random() < 0.7) for m, n in zip(members, sizes, strict=True)),
-        "ids": torch.tensor([rng.randrange(case.vocab) for _ in range(total)], dtype=torch.int64),
-        "positions": torch.tensor([rng.randrange(positions) for _ in range(total)], dtype=torch.int64),
-        "slots": slots, "cos": cos, "sin": sin, "wanted": torch.tensor(wanted, dtype=torch.int64),
+        "ids": below(rng, case.vocab, total),
+        "positions": below(rng, positions, total),
+        "slots": slots, "cos": cos, "sin": sin, "wanted": below(rng, total, num_wanted),
     }  # fmt: skip
     if members:
         call |= {"member": members[0], "rows": sizes[0]}
