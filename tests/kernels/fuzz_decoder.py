@@ -38,14 +38,16 @@ Columns = dict[str, Tensor]  # the tensors of a plan
 
 
 def random_case(rng: Random) -> DecoderCase:
-    """Odd sizes; now and then a product longer than a piece, or wide enough for a second thread."""
+    """Odd sizes; now and then a product longer than a piece or wide enough for a second thread, or many rows."""
     kv_heads, hidden = rng.choice([1, 1, 2, 3]), rng.choice([1, 2, 5, 16, 33, 47, 130])
-    wide = rng.choice(["hidden", "intermediate", "heads"]) if rng.random() < 0.08 else ""
+    wide = rng.choice(["hidden", "intermediate", "heads", "rows"]) if rng.random() < 0.16 else "fuzz"
     return DecoderCase(
-        "fuzz",
+        wide,
         num_qo_heads=kv_heads * rng.choice([1, 2, 3]),
         num_kv_heads=kv_heads,
-        head_dim=rng.choice([258, 320]) if wide == "heads" else rng.choice([2, 6, 8, 16, 18, 34, 64]),
+        head_dim=rng.choice([258, 320])
+        if wide == "heads"
+        else rng.choice([34, 64] if wide == "rows" else [2, 6, 8, 16, 18, 34, 64]),
         hidden=rng.choice([513, 1030]) if wide == "hidden" else hidden,
         intermediate=rng.choice([515, 1100]) if wide == "intermediate" else rng.choice([0, 1, 3, 15, 16, 37, 90, 129]),
         vocab=rng.choice([1, 7, 31, 32, 65, 130]),
@@ -140,6 +142,8 @@ def step_call(rng: Random) -> Call:
     adapters = [random_adapter(rng, case) for _ in range(rng.choice([0, 1, 1, 2, 3]))]
     members = [rng.randrange(len(adapters) + 1) for _ in range(rng.choice([0, 1, 1, 2, 3, 5]))]
     sizes = [rng.choice([0, 1, 1, 2, 3, 5, 17, 40]) for _ in members]
+    if case.id == "rows":  # then attention of the parts runs side by side, one thread each
+        members, sizes = [rng.randrange(len(adapters) + 1) for _ in range(4)], [40, 56, 48, 40]
     total = sum(sizes)
     num_slots, slots = [], torch.zeros(total, dtype=torch.int32)
     of_row = torch.tensor([m for m, n in zip(members, sizes, strict=True) for _ in range(n)])
