@@ -3,6 +3,9 @@
 #include "cpu/decoder.h"
 
 #include <omp.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <algorithm>
 #include <cstring>
@@ -97,17 +100,37 @@ struct Attentions {
   }
 };
 
-// Pieces of the workspace.
+// Under AddressSanitizer the pieces of a workspace lie apart, and nothing may touch what is between them: else a step
+// past the end of one would be one into the next, which it takes for right.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kFence = 16;
+void fence(float* p, int64_t floats) {
+  __asan_poison_memory_region(p, sizeof(float) * floats);
+}
+void unfence(float* p, int64_t floats) {
+  __asan_unpoison_memory_region(p, sizeof(float) * floats);
+}
+#else
+constexpr int64_t kFence = 0;
+void fence(float*, int64_t) {}
+void unfence(float*, int64_t) {}
+#endif
+
+// Pieces of the workspace. base: null where only the size is asked for.
 struct Room {
+  float* const base;
   float *x, *residual, *normed, *qkv, *mixed, *gate_up, *gated, *wanted, *narrow, *attention;
   int64_t floats;
 
-  Room(const DecoderShape& s, int64_t rows, int64_t num_wanted, int64_t rank, int64_t attention_floats, float* base) {
+  Room(const DecoderShape& s, int64_t rows, int64_t num_wanted, int64_t rank, int64_t attention_floats, float* base)
+      : base(base) {
     const int64_t heads = int64_t{s.num_qo_heads} * s.head_dim, keys = int64_t{s.num_kv_heads} * s.head_dim;
     floats = 0;
     const auto take = [&](int64_t size) {
       float* const at = base + floats;
-      floats += (size + 15) / 16 * 16;
+      const int64_t room = (size + 15) / 16 * 16 + kFence;
+      if (base != nullptr) fence(at + size, room - size);
+      floats += room;
       return at;
     };
     x = take(rows * s.hidden);
@@ -121,6 +144,11 @@ struct Room {
     narrow = take(rows * rank);
     attention = take(attention_floats);
   }
+  ~Room() {
+    if (base != nullptr) unfence(base, floats);
+  }
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
 };
 
 // The update of one run by one product: u = x down^T, then y += scale u up^T part by part.

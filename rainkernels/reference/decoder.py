@@ -63,11 +63,12 @@ def step(
 
 def _update(x: Tensor, y: Tensor, parts: Sequence[LowRank]) -> None:
     for part in parts:
-        y[:, part.first : part.first + len(part.up)] += part.scale * linear(linear(x, part.down), part.up)
+        # float: a tensor takes no int of more than 64 bits.
+        y[:, part.first : part.first + len(part.up)] += float(part.scale) * linear(linear(x, part.down), part.up)
 
 
 def _norm(x: Tensor, norm: NormWeight) -> Tensor:
-    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps))
+    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + float(norm.eps)))
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

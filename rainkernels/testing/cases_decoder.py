@@ -192,7 +192,7 @@ def rotary(num_positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _linear(rows: int, columns: int, bias: bool, g: torch.Generator) -> LinearWeight:
-    weight = torch.randn(rows, columns, generator=g) * columns**-0.5
+    weight = torch.randn(rows, columns, generator=g) * max(columns, 1) ** -0.5
     return LinearWeight(weight, torch.randn(rows, generator=g) if bias else None)
 
 

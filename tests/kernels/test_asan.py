@@ -23,6 +23,8 @@ KERNEL_TESTS = (
     "test_merge_state.py",
     "test_logits.py",
     "test_edits.py",
+    "test_decoder.py",
+    "test_decoder_members.py",
 )
 
 

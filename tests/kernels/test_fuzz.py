@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
+import fuzz_decoder
 import fuzz_edits
 import fuzz_kv
 import fuzz_logits
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 CASES = os.environ.get("RAINKERNELS_FUZZ_CASES")
-OPS: dict[str, FuzzOp] = {**fuzz_tree.OPS, **fuzz_kv.OPS, **fuzz_logits.OPS, **fuzz_edits.OPS}
+OPS: dict[str, FuzzOp] = {**fuzz_tree.OPS, **fuzz_kv.OPS, **fuzz_logits.OPS, **fuzz_edits.OPS, **fuzz_decoder.OPS}
 
 
 @pytest.fixture(autouse=True)
