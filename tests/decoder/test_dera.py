@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from raindecode.decoder import Decoder
 from raindecode.engine.branch import Ledger
 from raindecode.engine.types import Search, Want
-from raindecode.errors import ConfigError, RainDecodeError, VocabularyError
+from raindecode.errors import ConfigError, ModelError, PromptError, RainDecodeError, VocabularyError
 from raindecode.mixture import Mix
 from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
@@ -296,6 +296,57 @@ def _any_policy(choose: np.random.Generator) -> Policy:
     return Policy(dera=kinds[int(choose.integers(len(kinds)))]())
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "llama"])
+def test_rows_of_an_adapter_keep_their_bits_in_company(family: str, tmp_path: Path) -> None:
+    """Run by transformers' modules, of ranks narrow and wide, one row or several."""
+    reference = stock_copy(reference_model(family))
+    decoder = pair(reference, adapters=[write_adapter(tmp_path / "four", reference, rank=4)])
+    decoder.engine.runner.fused = None
+    assert decoder.exact == "rows"
+    policies = [dera(w, stats=True) for w in (0.0, 0.5, 1.0, 1.5)]
+    together = decoder.generate(PROMPTS, policy=policies, seed=range(4), max_new_tokens=8)
+    for i, whole in enumerate(together):
+        _cleared(decoder)
+        (alone,) = decoder.generate([PROMPTS[i]], policy=policies[i], seed=i, max_new_tokens=8)
+        assert (alone.token_ids, alone.mixture) == (whole.token_ids, whole.mixture)
+
+
+def test_counters_do_not_depend_on_company_either(
+    two: Decoder, reference: PreTrainedModel, aligned: PreTrainedModel
+) -> None:
+    search = Sampling(ignore_eos=True)
+    alone = answers(_cleared(two), dera(0.0), search=search, max_new_tokens=5)
+    beside = answers(_cleared(two), [dera(w) for w in (0.0, 1.0, 0.0, 0.5)], search=search, max_new_tokens=5)
+    assert [c.stats.model_steps for c in beside] == [5, 5, 5, 10]
+    assert [c.stats.model_steps for c in alone] == [5] * 4
+    three = pair(reference, aligned, aligned_model(reference, seed=5))
+    (done,) = three.generate([PROMPTS[0]], policy=dera(0.3, 0.4), search=search, max_new_tokens=5)
+    assert done.stats.tokens_processed == 3 * (len(PROMPTS[0]) + 4)  # the last token is not run
+
+
+def test_one_text_under_many_policies_is_few_nodes(two: Decoder) -> None:
+    """A chain that follows another one with more models is filled token by token, and is one run all the same."""
+    search = Sampling.greedy(ignore_eos=True, stop_token_ids=())
+    text = random_tokens(40, 3)
+    for policies in ([dera(0.0), dera(1e-30)], [dera(1e-30), dera(0.0)], [dera(0.0), dera(1.0)]):
+        _cleared(two)
+        done = two.generate([text] * 2, search=search, policy=policies, max_new_tokens=30)
+        nodes = [node for node in two.engine.tree.nodes() if node.tokens]
+        assert len(nodes) <= 4 + 2 * (done[0].token_ids != done[1].token_ids)
+
+
+def test_a_run_of_one_model_is_no_run_of_two(two: Decoder) -> None:
+    """A path that one model alone went on with, met again by both."""
+    start = PROMPTS[0]
+    two.generate([start], policy=dera(0.5), max_new_tokens=1)
+    (done,) = two.generate([start], policy=dera(0.0), max_new_tokens=8, search=Sampling.greedy(ignore_eos=True))
+    longer = [*start, *done.token_ids[:5]]
+    (met,) = two.generate([longer], policy=dera(0.001, stats=True), max_new_tokens=2)
+    _cleared(two)
+    (fresh,) = two.generate([longer], policy=dera(0.001, stats=True), max_new_tokens=2)
+    assert met.mixture == fresh.mixture
+
+
 def test_a_small_pool_only_costs_time(reference: PreTrainedModel, aligned: PreTrainedModel) -> None:
     prompts = [random_tokens(20, seed) for seed in range(8)]
     weights = [0.0, 0.5, 1.0, 1.5] * 2
@@ -343,6 +394,13 @@ def bad_settings() -> list[tuple[str, Callable[[Decoder], Any], str]]:
         ("model of another decoder", lambda d: answers(d, dera(0.5, plausibility=0.1, plausibility_model=2)), "0 to 1"),
         ("divergence", lambda d: DeRa.target_kl(0.0), "above 0"),
         ("largest weight", lambda d: DeRa.target_kl(0.1, max_weight=-1.0), "max_weight"),
+        ("weight and divergence", lambda d: DeRa(0.3, kl=0.1), "give one of them"),
+        (
+            "a bare name",
+            lambda d: Decoder(d.engine.runner.model, byte_tokenizer(), adapters="nowhere"),
+            "list of strings",
+        ),
+        ("nine models", lambda d: Decoder(d.engine.runner.model, byte_tokenizer(), adapters=["x"] * 8), "up to 7"),
         ("length", lambda d: answers(d, dera(0.5, 0.5)), "2 DeRa weights were given for 1 aligned"),
         ("no policy", lambda d: answers(d, [dera(0.5), 0.5, dera(1.0), dera(1.0)]), "give a Policy"),  # type: ignore[list-item]
         ("policies", lambda d: answers(d, [dera(0.5)] * 3), "3 policies were given for 4 prompts"),
@@ -359,6 +417,12 @@ def test_bad_settings_are_refused_before_anything_runs(two: Decoder, case: str, 
     assert two.engine.model_steps == before
 
 
+def test_an_aligned_model_comes_with_its_tokenizer(reference: PreTrainedModel, aligned: PreTrainedModel) -> None:
+    for given in (aligned, (aligned,), (byte_tokenizer(), aligned)):
+        with pytest.raises(ModelError, match="give pairs"):
+            Decoder(copy.deepcopy(reference), byte_tokenizer(), aligned=[given])  # type: ignore[list-item]
+
+
 def test_one_model_cannot_be_mixed(reference: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match="holds one model only"):
         answers(pair(reference), dera(0.5))
@@ -366,7 +430,7 @@ def test_one_model_cannot_be_mixed(reference: PreTrainedModel) -> None:
 
 def test_a_divergence_is_aimed_at_with_one_aligned_model(reference: PreTrainedModel, aligned: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match="needs one aligned model"):
-        answers(pair(reference, aligned, aligned), Policy(dera=DeRa([1.0, 0.0], kl=0.1)))
+        answers(pair(reference, aligned, aligned), Policy(dera=DeRa.target_kl(0.1)))
 
 
 def test_models_of_other_tokens_are_refused(reference: PreTrainedModel, aligned: PreTrainedModel) -> None:
@@ -380,13 +444,26 @@ def test_models_of_other_tokens_are_refused(reference: PreTrainedModel, aligned:
         Decoder(copy.deepcopy(reference), byte_tokenizer(), aligned=[(narrow, byte_tokenizer())])
 
 
-def test_either_models_end_ends_an_answer(reference: PreTrainedModel, aligned: PreTrainedModel) -> None:
-    chat = byte_tokenizer()
-    chat.eos_token = "<pad>"
-    decoder = Decoder(
-        copy.deepcopy(reference), byte_tokenizer(), aligned=[(copy.deepcopy(aligned), chat)], kv_tokens=500
-    )
-    assert {0, 2} <= decoder.codec.eos_token_ids
+def test_an_answer_ends_where_its_own_models_end(reference: PreTrainedModel, aligned: PreTrainedModel) -> None:
+    """Ends of text and contexts of models that take no part do not count."""
+    chat, other = byte_tokenizer(), copy.deepcopy(aligned)
+    chat.eos_token = "a"
+    other.config.max_position_embeddings = 20
+    decoder = Decoder(copy.deepcopy(reference), byte_tokenizer(), aligned=[(other, chat)], kv_tokens=500)
+    (a,) = chat.convert_tokens_to_ids(["a"])
+    ends = [decoder.requests([[5, 6]], policy=dera(w, stats=s))[0].eos_token_ids for w, s in _ENDS]
+    assert [a in (ids or ()) for ids in ends] == [False, False, True, True]
+    assert [2 in (ids or ()) for ids in ends] == [True, True, True, other.config.eos_token_id == 2]
+    rooms = [decoder.requests([[5] * 12], policy=dera(w, stats=s))[0].max_new_tokens for w, s in _ENDS]
+    assert [room <= 8 for room in rooms] == [False, True, True, True]
+    assert decoder.context_length == 20
+    long = [7] * 30
+    assert len(decoder.generate([long], max_new_tokens=3, search=Sampling(ignore_eos=True))[0].token_ids) == 3
+    with pytest.raises(PromptError, match="20"):
+        decoder.generate([long], policy=dera(0.5))
+
+
+_ENDS = [(0.0, False), (0.0, True), (0.5, False), (1.0, False)]  # weight, statistics
 
 
 def test_nan_in_one_model_ends_only_the_requests_it_serves(

@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from raindecode.decoder import Decoder
 from raindecode.engine.logit_rows import KeptRows, LogitRow, Logits, stacked
-from raindecode.engine.mixing import weight_for_kl
-from raindecode.mixture import Measured
+from raindecode.engine.mixing import measure, plausible_row, weight_for_kl
+from raindecode.errors import NumericError
+from raindecode.mixture import Measured, Mix
 from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
 from raindecode.search.sampling import Sampling
@@ -123,6 +124,40 @@ def test_what_is_implausible_is_not_drawn(decoder: Decoder, models: list[PreTrai
                     row = stock_logits(models, path)[judge]
                     assert row[token] >= row.max() + math.log(share) - 1e-4
                     path.append(token)
+
+
+def test_a_log_probability_is_the_mixtures_whatever_is_implausible(
+    decoder: Decoder, models: list[PreTrainedModel]
+) -> None:
+    """Drawn by the fused op, and on the host."""
+    for penalty in (1.0, 1.0000001):
+        search = Sampling(logprobs=True, repetition_penalty=penalty)
+        policy = dera(1.5, plausibility=0.3, stats=True)
+        (done,) = decoder.generate([PROMPTS[0]], search=search, policy=policy, max_new_tokens=4)
+        path = list(PROMPTS[0])
+        for entry, measured in zip(done.logprobs or (), done.mixture.tokens, strict=True):
+            assert entry.logprob == pytest.approx(
+                log_softmax(mixed_logits(models, [1.5], path))[entry.token_id], abs=1e-4
+            )
+            assert_measured(measured, expected(models, 1.5, path, entry.token_id))
+            path.append(entry.token_id)
+
+
+@pytest.mark.parametrize(
+    "judge", [[np.nan, 1.0, 0.0], [-np.inf] * 3, [np.inf, 0.0, 0.0]], ids=["nan", "nothing", "infinite"]
+)
+def test_a_row_that_judges_nothing_is_an_error(judge: list[float]) -> None:
+    mixed = np.zeros(3, dtype=np.float32)
+    rows = [LogitRow.of(mixed), LogitRow.of(np.array(judge, dtype=np.float32))]
+    with pytest.raises(NumericError, match="maximum"):
+        plausible_row(mixed, rows, Mix((0.5, 0.5), plausibility=0.5, plausibility_model=1), 3)
+
+
+def test_statistics_of_tokens_drawn_elsewhere_know_no_plausibility() -> None:
+    rows = [LogitRow.of(np.array(row, dtype=np.float32)) for row in ([5.0, 0, 0, 0], [-np.inf, 1, 1, 0])]
+    (found,) = measure([(rows, Mix((1.0, 0.0), stats=True, plausibility=0.9, plausibility_model=1), 0)], 4)
+    assert found.logprob_models == (pytest.approx(float(log_softmax(np.array([5.0, 0, 0, 0]))[0]), abs=1e-5), -np.inf)
+    assert found.log_z == pytest.approx(0.0, abs=1e-6)
 
 
 def test_measured_answers_are_plain_data(decoder: Decoder) -> None:
@@ -240,6 +275,31 @@ def test_the_weight_solved_for_gives_the_divergence(spread: float, target: float
             assert found.kl == pytest.approx(target, rel=1e-4)
 
 
+def test_padding_takes_no_part_in_a_divergence(models: list[PreTrainedModel]) -> None:
+    """Models of one tokenizer padded to different widths, the padding loud."""
+    reference, aligned = (stock_copy(model) for model in models)
+    for model, width in ((reference, 272), (aligned, 280)):
+        rows = model.get_output_embeddings().weight.shape[0]
+        model.resize_token_embeddings(width, mean_resizing=False)
+        model.get_output_embeddings().weight.data[rows:] *= 50
+    wide = pair(reference, aligned)
+    done = wide.generate(PROMPTS, policy=Policy(dera=DeRa.target_kl(0.05)), max_new_tokens=4, seed=range(3))
+    tokens = [token for one in done for token in one.mixture.tokens]
+    assert all(t.kl_models[0] == pytest.approx(0.05, rel=1e-3) or t.weights[1] == 2.0 for t in tokens)
+    assert all(token < 267 for one in done for token in one.token_ids)
+
+
+def test_tokens_the_aligned_model_rules_out_count_in_the_divergence() -> None:
+    reference = np.array([1.0, 0.5, 0.0, 0.2, 2.0], dtype=np.float32)
+    aligned = np.array([3.0, -1.0, 0.0, 0.4, -np.inf], dtype=np.float32)
+    found = weight_for_kl(reference, aligned, 1.0, 5.0)
+    z = (reference + found.weight * (aligned - reference))[:4].astype(np.float64)
+    log_p = log_softmax(z)
+    assert float((np.exp(log_p) * (log_p - log_softmax(reference.astype(np.float64))[:4])).sum()) == pytest.approx(
+        1.0, rel=1e-4
+    )
+
+
 def test_rows_that_say_nothing_lead_to_a_bounded_weight() -> None:
     row = np.array([1.0, 2.0, -np.inf, 0.5], dtype=np.float32)
     assert weight_for_kl(row, row + 3, 0.1, 2.0).weight == 2.0  # equal distributions: no weight gives more
@@ -266,22 +326,24 @@ def test_rows_that_lie_together_are_not_copied() -> None:
     there = Logits(torch.arange(20, dtype=torch.float32).view(4, 5))
     cpu = torch.device("cpu")
     rows = [LogitRow(there, i) for i in (1, 2)]
-    assert stacked(rows, cpu).data_ptr() == there.there[1].data_ptr()
-    assert stacked(rows[::-1], cpu).tolist() == there.there[[2, 1]].tolist()
+    assert stacked(rows, cpu, 5).data_ptr() == there.there[1].data_ptr()
+    assert stacked(rows, cpu, 3).tolist() == there.there[[1, 2], :3].tolist()
+    assert stacked(rows[::-1], cpu, 5).tolist() == there.there[[2, 1]].tolist()
     half = LogitRow(Logits(there.there.bfloat16()), 3)
-    mixed = stacked([rows[0], half], cpu)
+    mixed = stacked([rows[0], half], cpu, 5)
     assert mixed.dtype == torch.float32
     assert mixed.tolist() == there.there[[1, 3]].tolist()
 
 
 def test_kept_rows_are_copies_by_path_and_model() -> None:
     kept = KeptRows(num_slots=8)
-    there = Logits(torch.ones(3, 4))
+    there = Logits(torch.tensor([[1.0] * 4, [2.0] * 4, [3.0] * 4]))
     kept.add(7, 0, LogitRow(there, 0))
     kept.add(7, 1, LogitRow(there, 1))
     there.there.zero_()
     assert kept.get(7, 0) is not None
     assert kept.get(7, 0).host.tolist() == [1.0] * 4  # type: ignore[union-attr]
+    assert kept.get(7, 1).host.tolist() == [2.0] * 4  # type: ignore[union-attr]
     assert kept.get(8, 0) is None
     kept.add(9, 0, LogitRow(there, 2))  # two rows at most
     assert kept.get(7, 0) is None

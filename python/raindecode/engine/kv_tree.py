@@ -289,11 +289,16 @@ class KVTree:
         A chain that follows another one with more pools is refilled token by token, and would leave a node for each.
         """
         parent = node.parent
-        if parent is None or parent.parent is None or node.spare or parent.spare:
+        if parent is None or parent.parent is None:
             return
         if len(parent.children) > 1 or parent.pools != node.pools or parent.ready < len(parent.tokens):
             return
         shift = len(parent.tokens)
+        self._return_spare(parent)
+        parent.spare, node.spare = node.spare, array("i")
+        self._spared.discard(node)
+        if parent.spare:
+            self._spared.add(parent)
         parent.tokens.extend(node.tokens)
         parent.slots.extend(node.slots)
         parent.ready += node.ready

@@ -72,7 +72,7 @@ class DeRa:
             )
         if self.kl is not None and weights != (1.0,):
             raise ConfigError(
-                f"DeRa was given the weight {", ".join(f"{w:g}" for w in weights)} and a KL to solve it for; give one of them"
+                f"DeRa was given the weight {', '.join(f'{w:g}' for w in weights)} and a KL to solve it for; give one of them"
             )
         if self.kl is not None and not (_is_number(self.kl) and self.kl > 0):
             raise ConfigError(f"the DeRa target is a KL of {self.kl!r}; allowed: a finite number of nats above 0")
