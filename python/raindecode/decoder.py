@@ -266,15 +266,21 @@ class Decoder:
                 DeRa.target_kl(0.1). What they say about `stats` is overruled: everything is measured.
             evaluator: scores answers from -1 to 1, as that of RAIN; None measures divergences only. A JudgeTemplate is always
                 answered by the reference model.
-            policy: the prompt's format; its dera stays None.
+            policy: one for all prompts: their format; its dera stays None.
             num_samples: answers per prompt and λ.
+            seed: one whole number, see above.
             search, max_new_tokens, stop, stop_token_ids, progress: as in `generate`; the search is plain sampling.
 
         Raises:
             As `generate`, with errors="raise"; ConfigError too when the search is RAIN or a λ is given twice.
         """
-        if policy is not None and isinstance(policy, Policy) and policy.dera is not None:
+        if policy is not None and not isinstance(policy, Policy):
+            raise ConfigError(
+                f"the policy of a sweep is a {type(policy).__name__}; give one Policy for all prompts, or None"
+            )
+        if policy is not None and policy.dera is not None:
             raise ConfigError("the policy of a sweep holds a dera, but its lambdas say what is mixed: leave dera out")
+        require_whole("seed", seed, 0)
         plan = Sweep(lambdas, num_models=self.num_models, sampling=search, num_samples=num_samples, evaluator=evaluator)
         given = self.requests(
             prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,

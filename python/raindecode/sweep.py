@@ -211,6 +211,18 @@ class Sweep:
         self._dera = _dera_list(lambdas)
         self._mixes = [dera.mix(num_models) for dera in self._dera]
 
+    def check_seed(self, seed: int, prompts: int) -> None:
+        """Refuse a first seed that leaves too few above it.
+
+        Raises:
+            ConfigError: some answer's seed would be outside 0 to 2**64 - 1.
+        """
+        require_whole("seed", seed, 0)
+        if seed + prompts * self.num_samples > 2**64:
+            raise ConfigError(
+                f"seed is {seed} for {prompts} prompts, {self.num_samples} samples each; allowed: seeds to 2**64 - 1"
+            )
+
     def requests(self, given: Sequence[Request], seed: int) -> list[Request]:
         """Every prompt's samples under every λ; a prompt's stand together, because what it leaves in the cache is shared.
 
@@ -220,10 +232,7 @@ class Sweep:
         Raises:
             ConfigError: there are too few seeds above `seed`.
         """
-        if seed + len(given) * self.num_samples > 2**64:
-            raise ConfigError(
-                f"seed is {seed} for {len(given)} prompts, {self.num_samples} samples each; allowed: seeds to 2**64 - 1"
-            )
+        self.check_seed(seed, len(given))
         return [
             replace(request, seed=seed + i * self.num_samples + k, mix=mix)
             for i, request in enumerate(given)

@@ -155,6 +155,9 @@ def test_greedy_answers_have_no_importance_weights(pair: Decoder) -> None:
         ([1], {"num_samples": 2, "search": Sampling.greedy()}, "all samples would be alike"),
         ([1], {"evaluator": 3}, "evaluator is a int"),
         ([1], {"policy": Policy(dera=DeRa(1))}, "leave dera out"),
+        ([1], {"policy": [Policy(dera=DeRa(0.7))]}, "the policy of a sweep is a list; give one Policy"),
+        ([1], {"seed": [1]}, "seed is [1]; allowed: a whole number"),
+        ([1], {"seed": -1}, "seed is -1; allowed: a whole number"),
         ([1], {"seed": 2**64 - 1, "num_samples": 2}, "allowed: seeds to 2"),
     ],
 )

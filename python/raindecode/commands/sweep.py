@@ -24,8 +24,8 @@ from raindecode.policy.dera import DeRa
 from raindecode.search.evaluator import ClassifierEvaluator
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
-from raindecode.settings import require_finite
-from raindecode.sweep import Mean, SweepPoint, SweepResult
+from raindecode.settings import require_finite, require_whole
+from raindecode.sweep import Mean, Sweep, SweepPoint, SweepResult
 from raindecode.sweep_figure import check_plot
 
 _SAMPLING, _TASK, _RUN, _OUT = "Sampling", "Task", "Running", "Output"
@@ -158,8 +158,18 @@ def sweep(
     chosen = make_search("sampling", None, greedy=greedy, tree=None, temperature=temperature, top_k=top_k, top_p=top_p)
     assert isinstance(chosen, Sampling)
     in_town = task is not None and one_of("--task", task, ("town",)) == "town"
-    prompts = _prompts(in_town, prompt or [], file, num_harmful, num_benign, seed)
     limit = max_new_tokens if max_new_tokens is not None else MAX_NEW_TOKENS if in_town else 256
+    for option, number, least in (
+        ("--num-samples", num_samples, 1),
+        ("--max-new-tokens", limit, 1),
+        ("--seed", seed, 0),
+    ):
+        require_whole(option, number, least)
+    prompts = _prompts(in_town, prompt or [], file, num_harmful, num_benign, seed)
+    plan = Sweep(
+        points, num_models=1 + len(models), sampling=chosen, num_samples=num_samples
+    )  # refuses what no sweep may be
+    plan.check_seed(seed, len(prompts))
     if in_town and (raw or preset not in (None, "town")):
         raise ConfigError("--task town has a prompt format of its own: drop --raw and --preset")
     style = "town" if in_town else preset_of(preset, model)
