@@ -121,7 +121,17 @@ def test_the_model_judges_itself(cli: Cli, models: list[str], tmp_path: Path) ->
 
 def test_a_classifier_scores(cli: Cli, models: list[str], tmp_path: Path) -> None:
     folder = str(save_classifier(tmp_path))
-    words = ["One", "Two", "--aligned", models[1], "--lambdas", "0.5", "--output", str(tmp_path / "sweep.json")]
+    words = [
+        "One",
+        "Two",
+        "--aligned",
+        models[1],
+        "--lambdas",
+        "0.5",
+        "--output",
+        str(tmp_path / "sweep.json"),
+        "--overwrite",
+    ]
     for label in ("fine", "1"):
         assert cli(*words, "--evaluator", f"{folder}:{label}").code == 0
         (point,) = json.loads((tmp_path / "sweep.json").read_text())["points"]
@@ -167,6 +177,7 @@ REFUSED = [
     (["--aligned", "a", "--task", "chess"], "allowed: town"),
     (["--aligned", "a", "--task", "town", "--num-benign", "0"], "num_benign is 0"),
     (["One", "--aligned", "a", "--output", "no/such/folder/s.json"], "cannot be written"),
+    (["One", "--aligned", "a", "--overwrite"], "name it with --output or --plot"),
     (["One", "--aligned", "a", "--plot", "sweep.jpg"], "ends in .png, .svg, .pdf"),
     (["One", "--aligned", "a", "--plot", "a.svg", "--output", "a.svg"], "--output and --plot both name"),
 ]  # fmt: skip
@@ -193,10 +204,52 @@ def test_a_run_that_fails_leaves_files_as_they_were(cli: Cli, tmp_path: Path) ->
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text("old")
     for file in (old, new):
-        result = cli("One", "--aligned", "/no/such/model", "--output", str(file))
+        result = cli("One", "--aligned", "/no/such/model", "--output", str(file), "--overwrite")
         assert "there is no folder '/no/such/model'" in result.err
     assert old.read_text() == "old"
     assert not new.exists()
+
+
+def test_results_that_are_there_are_not_overwritten(cli: Cli, models: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ["One", "--aligned", models[1], "--lambdas", "0"]
+    for option, name, begins in (("--output", "sweep.json", '{"points"'), ("--plot", "sweep.svg", "<?xml")):
+        file = tmp_path / name
+        file.write_text("old")
+        refused = cli("One", "--aligned", "/no/such/model", option, str(file))
+        assert (refused.code, refused.out) == (2, "")
+        assert f"{name}' holds something already: --overwrite replaces it" in refused.err
+        assert file.read_text() == "old"
+        assert cli(*words, option, str(file), "--overwrite").code == 0
+        assert file.read_text().startswith(begins)
+        file.write_text("")
+        assert cli(*words, option, str(file)).code == 0
+        assert file.read_text().startswith(begins)
+
+
+@pytest.mark.parametrize(("error", "code"), [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)])
+def test_a_plot_that_fails_costs_no_results(
+    cli: Cli, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    file, new, old = tmp_path / "sweep.json", tmp_path / "new.svg", tmp_path / "old.svg"
+    old.write_text("old")
+    for plot in (new, old):
+        words = ["One", "--aligned", models[1], "--lambdas", "0,1", "--output", str(file), "--json", "--overwrite"]
+        result = cli(*words, "--plot", str(plot))
+        assert result.code == code
+        assert "KL per answer" in result.out
+        shown = json.loads(result.out.splitlines()[-1])["points"]
+        assert [point["kl"] for point in json.loads(file.read_text())["points"]] == [point["kl"] for point in shown]
+        file.unlink()
+    assert not new.exists()
+    assert old.read_text() == "old"
 
 
 def test_prompts_are_not_overwritten(cli: Cli, tmp_path: Path) -> None:

@@ -140,6 +140,9 @@ def sweep(
             rich_help_panel=_OUT,
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what --output and --plot hold.", rich_help_panel=_OUT)
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON on the last line.", rich_help_panel=_OUT)
     ] = False,
@@ -159,16 +162,11 @@ def sweep(
     assert isinstance(chosen, Sampling)
     in_town = task is not None and one_of("--task", task, ("town",)) == "town"
     limit = max_new_tokens if max_new_tokens is not None else MAX_NEW_TOKENS if in_town else 256
-    for option, number, least in (
-        ("--num-samples", num_samples, 1),
-        ("--max-new-tokens", limit, 1),
-        ("--seed", seed, 0),
-    ):
-        require_whole(option, number, least)
+    require_whole("--num-samples", num_samples, 1)
+    require_whole("--max-new-tokens", limit, 1)
+    require_whole("--seed", seed, 0)
     prompts = _prompts(in_town, prompt or [], file, num_harmful, num_benign, seed)
-    plan = Sweep(
-        points, num_models=1 + len(models), sampling=chosen, num_samples=num_samples
-    )  # refuses what no sweep may be
+    plan = Sweep(points, num_models=1 + len(models), sampling=chosen, num_samples=num_samples)
     plan.check_seed(seed, len(prompts))
     if in_town and (raw or preset not in (None, "town")):
         raise ConfigError("--task town has a prompt format of its own: drop --raw and --preset")
@@ -179,7 +177,7 @@ def sweep(
         for text in prompts:
             town_request(text)
     scorer = _evaluator(judge, style)
-    with _results(output, plot, file):
+    with _results(output, plot, file, overwrite):
         decoder = load_decoder(
             model, device=device, dtype=dtype, kv_tokens=kv_tokens, max_concurrent=max_concurrent, **others.loading
         )
@@ -190,19 +188,13 @@ def sweep(
             max_new_tokens=limit, seed=seed,
         )  # fmt: skip
         data = _as_json(result, in_town, target_kl, target_reward)
-        if output is not None:
-            Path(output).write_text(json.dumps(data) + "\n", encoding="utf-8")
+        try:
+            _show(_table(result, in_town, f"{model} with {' and '.join(named)}"), data, as_json)
+        finally:  # also where the reader of the table went away
+            if output is not None:
+                Path(output).write_text(json.dumps(data) + "\n", encoding="utf-8")
         if plot is not None:
             result.save_plot(plot)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH)
-    console.print(_table(result, in_town, f"{model} with {' and '.join(named)}"))
-    if data["chosen"] is not None:
-        console.print(_said(data["chosen"]))
-    if as_json:
-        short = [{k: v for k, v in point.items() if k != "answers"} for point in data["points"]]
-        console.out(json.dumps({**data, "points": short}), highlight=False)
 
 
 def _points(text: str | None, aligned: int, allow_negative: bool) -> list[DeRa]:
@@ -261,12 +253,14 @@ def _evaluator(judge: str, preset: str | None) -> Any:
 
 
 @contextmanager
-def _results(output: str | None, plot: str | None, file: str | None) -> Iterator[None]:
-    """Refuse files that cannot be written before anything has run; a run that fails leaves none that were not there.
+def _results(output: str | None, plot: str | None, file: str | None, overwrite: bool) -> Iterator[None]:
+    """Refuse files that cannot be written before anything has run. Files that it made and nothing came into are removed.
 
     Raises:
-        ConfigError: a file cannot be written, is named twice, or cannot be drawn into.
+        ConfigError: a file cannot be written, is named twice, cannot be drawn into, or holds something and `overwrite` is off.
     """
+    if overwrite and output is None and plot is None:
+        raise ConfigError("--overwrite says what to do with a file: name it with --output or --plot")
     if plot is not None:
         check_plot(plot)
     named = {"--file": file, "--output": output, "--plot": plot}
@@ -285,11 +279,28 @@ def _results(output: str | None, plot: str | None, file: str | None) -> Iterator
                 open_for_writing(path).close()
                 if not there:
                     new.append(Path(path))
+                elif not overwrite and Path(path).is_file() and Path(path).stat().st_size:
+                    raise ConfigError(
+                        f"{path!r} holds something already: --overwrite replaces it; or name another file"
+                    )
         yield
-    except BaseException:
+    finally:
         for made in new:
-            made.unlink(missing_ok=True)
-        raise
+            if made.exists() and not made.stat().st_size:
+                made.unlink()
+
+
+def _show(table: Table, data: dict[str, Any], as_json: bool) -> None:
+    """The results on stdout."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDTH)
+    console.print(table)
+    if data["chosen"] is not None:
+        console.print(_said(data["chosen"]))
+    if as_json:
+        short = [{k: v for k, v in point.items() if k != "answers"} for point in data["points"]]
+        console.out(json.dumps({**data, "points": short}), highlight=False)
 
 
 def _as_json(result: SweepResult, in_town: bool, kl: float | None, reward: float | None) -> dict[str, Any]:
