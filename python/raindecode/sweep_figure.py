@@ -37,7 +37,7 @@ def save_figure(
     Args:
         at: where the points stand; None takes them side by side under their labels.
         axis: what the horizontal axis is.
-        panels: (what the vertical axis is, values of the points).
+        panels: (what the vertical axis is, values of the points); a mean that is nan leaves a gap.
 
     Raises:
         ConfigError: see check_plot.

@@ -252,6 +252,45 @@ def test_a_plot_that_fails_costs_no_results(
     assert old.read_text() == "old"
 
 
+@pytest.mark.parametrize("all_of_it", [False, True], ids=["one_weight", "everything"])
+def test_answers_that_fail_cost_no_others(
+    cli: Cli, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_of_it: bool
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = ["--task", "town", "--num-harmful", "2", "--num-benign", "1", "--aligned", models[1], "--lambdas", "1,2"]
+    words += ["--output", str(tmp_path / "sweep.json"), "--overwrite", "--json"]
+    assert cli(*words).code == 0
+    first, second = json.loads((tmp_path / "sweep.json").read_text())["points"]
+    kept = {answer["text"] for answer in first["answers"]}
+    assert not kept & {answer["text"] for answer in second["answers"]}
+
+    def scores(pairs: list[tuple[str, str]]) -> list[float]:
+        if all_of_it or any(text not in kept for _, text in pairs):
+            raise ValueError("no score for this")
+        return town_scores(pairs)
+
+    monkeypatch.setattr("raindecode.commands.sweep.town_scores", scores)
+    result = cli(*words, "--plot", str(tmp_path / "sweep.svg"), "--target-kl", "100")
+    assert result.code == 2
+    failed = 6 if all_of_it else 3
+    assert result.err.splitlines()[-1].startswith(f"error: {failed} of 6 answers failed; the first: ")
+    assert "no score for this" in result.err
+    rows = [line.split() for line in result.out.splitlines()]
+    (row,) = [row for row in rows if row[:2] == ["2", "3"]]
+    assert set(row[2:]) == {"–"}
+    points = json.loads((tmp_path / "sweep.json").read_text())["points"]
+    assert [(point["n"], point["failed"]) for point in points] == [(0 if all_of_it else 3, failed - 3), (0, 3)]
+    empty = points[1]
+    assert (empty["kl"], empty["reward"], empty["harmful_rate"], empty["helpful_ci"], empty["n_harmful"]) == (
+        None, None, None, None, 0,
+    )  # fmt: skip
+    if not all_of_it:
+        assert {**points[0], "failed": 0} == first
+    shown = json.loads(result.out.splitlines()[-1])
+    assert shown["chosen"]["label"] == (None if all_of_it else "1")
+    assert "KL from the reference" in (tmp_path / "sweep.svg").read_text()
+
+
 def test_prompts_are_not_overwritten(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("One\n")

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from raindecode.commands.aligned import AdapterOption, AlignedOption, AllowNegativeOption, aligned_models, weight_list
-from raindecode.commands.common import load_decoder, one_of, say
+from raindecode.commands.common import REPORTED, load_decoder, one_of, say
 from raindecode.commands.generate import make_search, policy_of, preset_of
 from raindecode.commands.output import open_for_writing
 from raindecode.commands.prompts import collect_prompts
-from raindecode.errors import ConfigError
+from raindecode.errors import ConfigError, RainDecodeError
 from raindecode.evaluation import MAX_NEW_TOKENS, Rate, town_rates, town_request, town_requests, town_scores
 from raindecode.policy.dera import DeRa
 from raindecode.search.evaluator import ClassifierEvaluator
@@ -185,7 +185,7 @@ def sweep(
         result = decoder.sweep(
             prompts, points, evaluator=scorer, search=chosen,
             policy=policy_of(raw, style if in_town else preset, chosen, None), num_samples=num_samples,
-            max_new_tokens=limit, seed=seed,
+            max_new_tokens=limit, seed=seed, errors="return",
         )  # fmt: skip
         data = _as_json(result, in_town, target_kl, target_reward)
         try:
@@ -195,6 +195,8 @@ def sweep(
                 Path(output).write_text(json.dumps(data) + "\n", encoding="utf-8")
         if plot is not None:
             result.save_plot(plot)
+        if result.errors:
+            _raise(result.errors, len(points) * len(prompts) * num_samples)
 
 
 def _points(text: str | None, aligned: int, allow_negative: bool) -> list[DeRa]:
@@ -307,11 +309,13 @@ def _as_json(result: SweepResult, in_town: bool, kl: float | None, reward: float
     data = result.to_json()
     if in_town:
         for entry, point in zip(data["points"], result.points, strict=True):
-            for name, rate in town_rates(point.answers).items():
+            rates = town_rates(point.answers)
+            for name, number in (("harmful", "n_harmful"), ("helpful", "n_benign")):
+                rate = rates.get(name)  # none where all such answers failed
                 entry |= {
-                    f"{name}_rate": rate.rate,
-                    f"{name}_ci": list(rate.interval),
-                    "n_harmful" if name == "harmful" else "n_benign": rate.n,
+                    f"{name}_rate": None if rate is None else rate.rate,
+                    f"{name}_ci": None if rate is None else list(rate.interval),
+                    number: 0 if rate is None else rate.n,
                 }
     data["chosen"] = None
     if kl is not None or reward is not None:
@@ -337,36 +341,54 @@ def _said(chosen: dict[str, Any]) -> str:
 def _table(result: SweepResult, in_town: bool, title: str) -> Table:
     """A row per mixture."""
     table = Table(
-        title=f"{title}, {result.points[0].n:,} answers per λ",
+        title=f"{title}, {result.points[0].n + result.points[0].failed:,} answers per λ",
         caption="KL(mixture || reference) in nats, length in tokens; 95 % intervals"
         + ("; harmful answers to harmful requests, helpful ones to harmless ones, in %" if in_town else ""),
         box=box.SIMPLE_HEAD,
     )
     columns: dict[str, Callable[[SweepPoint], str]] = {"λ": lambda p: p.label}
-    if result.points[0].reward is not None:
-        columns["reward"] = lambda p: "" if p.reward is None else _mean(p.reward, "+.2f")
+    if result.errors:
+        columns["failed"] = lambda p: f"{p.failed:,}"
+    if any(point.reward is not None for point in result.points):
+        columns["reward"] = lambda p: _mean(p.reward, "+.2f")
     columns["KL per answer"] = lambda p: _mean(p.kl, ".2f")
-    columns["per token"] = lambda p: f"{p.kl_per_token:.4f}"
-    columns["length"] = lambda p: f"{p.tokens:.1f}"
-    if result.points[0].ess is not None:
-        columns["ESS"] = lambda p: f"{p.ess:.2f}"
+    columns["per token"] = lambda p: _number(p.kl_per_token, ".4f")
+    columns["length"] = lambda p: _number(p.tokens, ".1f")
+    if any(point.ess is not None for point in result.points):
+        columns["ESS"] = lambda p: _number(p.ess, ".2f")
     for name in columns:
         table.add_column(name, justify="right")
     rates = [town_rates(point.answers) if in_town else {} for point in result.points]
-    for name in rates[0]:
+    kinds = ("harmful", "helpful") if in_town else ()
+    for name in kinds:
         table.add_column(f"{name} %", justify="right")
     for point, mine in zip(result.points, rates, strict=True):
-        table.add_row(*(cell(point) for cell in columns.values()), *(_rate(rate) for rate in mine.values()))
+        table.add_row(*(cell(point) for cell in columns.values()), *(_rate(mine.get(name)) for name in kinds))
     return table
 
 
-def _mean(mean: Mean, form: str) -> str:
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def _mean(mean: Mean | None, form: str) -> str:
+    if mean is None:
+        return "–"
     if mean.interval is None:
         return f"{mean.mean:{form}}"
     low, high = mean.interval
     return f"{mean.mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def _rate(rate: Rate) -> str:
+def _rate(rate: Rate | None) -> str:
+    if rate is None:
+        return "–"
     low, high = (100 * end for end in rate.interval)
     return f"{100 * rate.rate:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _raise(errors: Sequence[BaseException], total: int) -> None:
+    """The first error, saying how many there were; as `generate` does."""
+    if isinstance(errors[0], REPORTED) and total > 1:
+        raise RainDecodeError(f"{len(errors)} of {total} answers failed; the first: {errors[0]}") from errors[0]
+    raise errors[0]
