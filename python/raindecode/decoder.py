@@ -268,6 +268,7 @@ class Decoder:
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         progress: bool | None = None,
+        errors: Literal["raise", "return"] = "raise",
     ) -> SweepResult:
         """Answer prompts under several mixtures at once and measure reward and divergence, to choose a weight by.
 
@@ -279,15 +280,25 @@ class Decoder:
                 DeRa.target_kl(0.1). What they say about `stats` is overruled: everything is measured.
             evaluator: scores answers from -1 to 1, as that of RAIN; None measures divergences only. A JudgeTemplate is always
                 answered by the reference model.
-            policy: the prompt's format; its dera stays None.
+            policy: one for all prompts: their format; its dera stays None.
             num_samples: answers per prompt and λ.
+            seed: one whole number, see above.
             search, max_new_tokens, stop, stop_token_ids, progress: as in `generate`; the search is plain sampling.
+            errors: "raise" raises the first request's error after all others have finished, and the answers are lost; "return"
+                leaves failed answers out: each point says how many, and the result's `errors` says why.
 
         Raises:
-            As `generate`, with errors="raise"; ConfigError too when the search is RAIN or a λ is given twice.
+            As `generate`; ConfigError too when the search is RAIN or a λ is given twice.
         """
-        if policy is not None and isinstance(policy, Policy) and policy.dera is not None:
+        if errors not in ("raise", "return"):
+            raise ConfigError(f"errors is {errors!r}; allowed: 'raise' and 'return'")
+        if policy is not None and not isinstance(policy, Policy):
+            raise ConfigError(
+                f"the policy of a sweep is a {type(policy).__name__}; give one Policy for all prompts, or None"
+            )
+        if policy is not None and policy.dera is not None:
             raise ConfigError("the policy of a sweep holds a dera, but its lambdas say what is mixed: leave dera out")
+        require_whole("seed", seed, 0)
         plan = Sweep(lambdas, num_models=self.num_models, sampling=search, num_samples=num_samples, evaluator=evaluator)
         given = self.requests(
             prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
@@ -297,20 +308,15 @@ class Decoder:
             raise PromptError("there is no prompt: give at least one")
         requests = plan.requests(given, seed)
         steps, started = self.engine.model_steps, time.perf_counter()
-        answers: dict[int, Completion] = {}
-        failed: list[BaseException] = []
-        for index, outcome in self.stream(requests, search=plan.search, progress=progress):
-            if isinstance(outcome, Completion):
-                answers[index] = outcome
-            else:
-                failed.append(outcome)
-        if failed:
-            raise failed[0]
-        return plan.result(
-            [answers[i] for i in range(len(requests))],
+        outcomes = dict(self.stream(requests, search=plan.search, progress=progress))
+        result = plan.result(
+            [outcomes[i] for i in range(len(requests))],
             model_steps=self.engine.model_steps - steps,
             seconds=time.perf_counter() - started,
         )
+        if result.errors and errors == "raise":
+            raise result.errors[0]
+        return result
 
     def stream(
         self,

@@ -35,7 +35,7 @@ class Mean:
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[float]], least: float = -math.inf, most: float = math.inf) -> Mean:
-        """Of values that lie in [least, most], those of each prompt in a group of their own, all of one size.
+        """Of values that lie in [least, most], those of each prompt in a group of their own, none of them empty.
 
         Student's t over the means of the prompts, because answers to one prompt are not independent cases of all prompts;
         with one prompt, over its answers.
@@ -56,11 +56,13 @@ class Mean:
 class SweepPoint:
     """What one mixture did. Divergences are in nats, of the mixture before temperature and filters.
 
+    Answers that failed are left out of everything but `failed`. Without any answer, `n` is 0 and every mean None.
+
     Attributes:
         label: the weights as text, or the target.
         weights: λ of each aligned model; None where a KL is aimed at.
         target_kl: the KL aimed at, per token; None where the weights are given.
-        n: answers.
+        n: answers that were given.
         reward: score of an answer, in [-1, 1]; None without evaluator.
         kl: sum over the tokens of an answer of KL(mixture || reference): an estimate of the divergence between sequences.
         kl_per_token: the same per token, all answers together.
@@ -68,8 +70,9 @@ class SweepPoint:
         mean_weight: mean λ over all tokens where a KL is aimed at; else None.
         ess: effective sample size as a share of the samples, in (0, 1], of the weights exp(log_weight) that turn samples into
             such of the mixture of whole sequences; mean over the prompts. 1: drawing token by token changed nothing that shows.
-            None with one sample per prompt or greedy.
+            None with one sample per prompt or greedy; prompts that fewer than two answers are left of do not count.
         answers: prompt by prompt, the samples of a prompt together; `value` is the score.
+        failed: answers that failed.
     """
 
     label: str
@@ -77,12 +80,13 @@ class SweepPoint:
     target_kl: float | None
     n: int
     reward: Mean | None
-    kl: Mean
-    kl_per_token: float
-    tokens: float
+    kl: Mean | None
+    kl_per_token: float | None
+    tokens: float | None
     mean_weight: float | None
     ess: float | None
     answers: list[Completion]
+    failed: int = 0
 
     def to_json(self, *, answers: bool = True) -> dict[str, Any]:
         """Plain data, the answers (without what was measured at single tokens) included unless that is turned off."""
@@ -91,8 +95,9 @@ class SweepPoint:
             "weights": None if self.weights is None else list(self.weights),
             "target_kl": self.target_kl,
             "n": self.n,
+            "failed": self.failed,
             "reward": None if self.reward is None else self.reward.to_json(),
-            "kl": self.kl.to_json(),
+            "kl": None if self.kl is None else self.kl.to_json(),
             "kl_per_token": self.kl_per_token,
             "tokens_per_answer": self.tokens,
             "mean_weight": self.mean_weight,
@@ -108,11 +113,13 @@ class SweepResult:
     Attributes:
         model_steps: batched forwards of the whole sweep.
         seconds: wall time.
+        errors: why answers failed, prompt by prompt.
     """
 
     points: list[SweepPoint]
     model_steps: int = 0
     seconds: float = 0.0
+    errors: tuple[BaseException, ...] = ()
 
     def choose(self, *, kl: float | None = None, reward: float | None = None) -> SweepPoint | None:
         """The λ that meets a target on average, None if none does.
@@ -121,20 +128,22 @@ class SweepResult:
             kl: at most this many nats per answer: the largest such λ.
             reward: at least this mean score: the smallest such λ. With both, the smallest that meets both.
 
-        "Largest" goes by measured KL where λ is not one number (several aligned models, KL targets).
+        "Largest" goes by measured KL where λ is not one number (several aligned models, KL targets). A λ without answers meets
+        no target.
 
         Raises:
             ConfigError: no target is given, or a reward without an evaluator.
         """
         if kl is None and reward is None:
             raise ConfigError("nothing to choose by: give a largest KL, a smallest reward, or both")
-        fitting = sorted(self.points, key=self._strength)
+        answered = [point for point in self.points if point.kl is not None]
+        fitting = sorted(answered, key=self._strength)
         if kl is not None:
             require_finite("kl", kl)
-            fitting = [point for point in fitting if point.kl.mean <= kl]
+            fitting = [point for point in fitting if point.kl is not None and point.kl.mean <= kl]
         if reward is not None:
             require_finite("reward", reward)
-            if any(point.reward is None for point in self.points):
+            if any(point.reward is None for point in answered):
                 raise ConfigError("a reward cannot be chosen by: this sweep ran without an evaluator")
             fitting = [point for point in fitting if point.reward is not None and point.reward.mean >= reward]
         if not fitting:
@@ -147,18 +156,19 @@ class SweepResult:
         return {"points": points, "model_steps": self.model_steps, "seconds": round(self.seconds, 3)}
 
     def save_plot(self, path: str | Path) -> None:
-        """Draw reward (where there is one) and KL against λ into a .png, .svg or .pdf file.
+        """Draw reward (where there is one) and KL against λ into a .png, .svg or .pdf file; a λ without answers is a gap.
 
         Raises:
             ConfigError: another suffix, or matplotlib is not installed.
             OSError: the file cannot be written.
         """
-        panels = [("KL from the reference (nats per answer)", [(p.kl.mean, p.kl.interval) for p in self.points])]
-        rewards = [(p.reward.mean, p.reward.interval) for p in self.points if p.reward is not None]
-        if rewards:
-            panels.insert(0, ("reward (mean score, −1 to 1)", rewards))
+        gap = Mean(math.nan, None)
+        panels = {"KL from the reference (nats per answer)": [p.kl or gap for p in self.points]}
+        if any(p.reward is not None for p in self.points):
+            panels = {"reward (mean score, −1 to 1)": [p.reward or gap for p in self.points], **panels}
         at, name = self._axis()
-        save_figure(path, at, [point.label for point in self.points], name, panels)
+        drawn = [(title, [(one.mean, one.interval) for one in means]) for title, means in panels.items()]
+        save_figure(path, at, [point.label for point in self.points], name, drawn)
 
     def _axis(self) -> tuple[list[float] | None, str]:
         """Where the points stand and what that is; None where they are no numbers of one kind."""
@@ -175,7 +185,7 @@ class SweepResult:
         if all(one.weights is not None and len(one.weights) == 1 for one in self.points):
             assert point.weights is not None
             return point.weights[0]
-        return point.kl.mean
+        return math.inf if point.kl is None else point.kl.mean
 
 
 class Sweep:
@@ -211,6 +221,18 @@ class Sweep:
         self._dera = _dera_list(lambdas)
         self._mixes = [dera.mix(num_models) for dera in self._dera]
 
+    def check_seed(self, seed: int, prompts: int) -> None:
+        """Refuse a first seed that leaves too few above it.
+
+        Raises:
+            ConfigError: some answer's seed would be outside 0 to 2**64 - 1.
+        """
+        require_whole("seed", seed, 0)
+        if seed + prompts * self.num_samples > 2**64:
+            raise ConfigError(
+                f"seed is {seed} for {prompts} prompts, {self.num_samples} samples each; allowed: seeds to 2**64 - 1"
+            )
+
     def requests(self, given: Sequence[Request], seed: int) -> list[Request]:
         """Every prompt's samples under every λ; a prompt's stand together, because what it leaves in the cache is shared.
 
@@ -220,10 +242,7 @@ class Sweep:
         Raises:
             ConfigError: there are too few seeds above `seed`.
         """
-        if seed + len(given) * self.num_samples > 2**64:
-            raise ConfigError(
-                f"seed is {seed} for {len(given)} prompts, {self.num_samples} samples each; allowed: seeds to 2**64 - 1"
-            )
+        self.check_seed(seed, len(given))
         return [
             replace(request, seed=seed + i * self.num_samples + k, mix=mix)
             for i, request in enumerate(given)
@@ -231,39 +250,54 @@ class Sweep:
             for mix in self._mixes
         ]
 
-    def result(self, answers: Sequence[Completion], *, model_steps: int = 0, seconds: float = 0.0) -> SweepResult:
-        """What the answers, in the order of `requests`, say."""
+    def result(
+        self, outcomes: Sequence[Completion | BaseException], *, model_steps: int = 0, seconds: float = 0.0
+    ) -> SweepResult:
+        """What the answers, or errors in their place, say; in the order of `requests`."""
         size = len(self._dera)
-        points = [self._point(i, list(answers[i::size])) for i in range(size)]
-        return SweepResult(points, model_steps, seconds)
+        points = [self._point(i, outcomes[i::size]) for i in range(size)]
+        errors = tuple(outcome for outcome in outcomes if isinstance(outcome, BaseException))
+        return SweepResult(points, model_steps, seconds, errors)
 
-    def _point(self, index: int, answers: list[Completion]) -> SweepPoint:
+    def _point(self, index: int, outcomes: Sequence[Completion | BaseException]) -> SweepPoint:
         dera, mix = self._dera[index], self._mixes[index]
+        prompts = [
+            [outcome for outcome in outcomes[i : i + self.num_samples] if isinstance(outcome, Completion)]
+            for i in range(0, len(outcomes), self.num_samples)
+        ]
+        answers = [answer for group in prompts for answer in group]
         tokens = sum(len(answer.token_ids) for answer in answers)
-        kls = [_kl(answer) for answer in answers]
-        scores = [answer.value for answer in answers if answer.value is not None]
+        kls = [[_kl(answer) for answer in group] for group in prompts]
+        scores = [[answer.value for answer in group if answer.value is not None] for group in prompts]
         return SweepPoint(
             label=_label(dera),
             weights=None if dera.kl is not None else mix.weights[1:],
             target_kl=dera.kl,
             n=len(answers),
-            reward=Mean.of(self._by_prompt(scores), -1.0, 1.0) if self.search.evaluator is not None else None,
-            kl=Mean.of(self._by_prompt(kls), 0.0),
-            kl_per_token=math.fsum(kls) / tokens,
-            tokens=tokens / len(answers),
+            reward=_mean_of(scores, -1.0, 1.0) if self.search.evaluator is not None else None,
+            kl=_mean_of(kls, 0.0),
+            kl_per_token=math.fsum(kl for group in kls for kl in group) / tokens if tokens else None,
+            tokens=tokens / len(answers) if answers else None,
             mean_weight=_mean_weight(mix, answers),
-            ess=self._ess(answers),
+            ess=self._ess(prompts),
             answers=answers,
+            failed=len(outcomes) - len(answers),
         )
 
-    def _by_prompt(self, values: Sequence[float]) -> list[Sequence[float]]:
-        return [values[i : i + self.num_samples] for i in range(0, len(values), self.num_samples)]
-
-    def _ess(self, answers: Sequence[Completion]) -> float | None:
-        if self._greedy or self.num_samples == 1:
+    def _ess(self, prompts: Sequence[Sequence[Completion]]) -> float | None:
+        if self._greedy:
             return None
-        logs = [a.mixture.log_weight for a in answers if a.mixture is not None and a.mixture.log_weight is not None]
-        return fmean(effective_share(group) for group in self._by_prompt(logs))
+        groups = [[a.mixture.log_weight for a in group if a.mixture is not None] for group in prompts]
+        shares = [effective_share([log for log in logs if log is not None]) for logs in groups if len(logs) > 1]
+        return fmean(shares) if shares else None
+
+
+def _mean_of(prompts: Sequence[Sequence[float]], least: float = -math.inf, most: float = math.inf) -> Mean | None:
+    """Over the values that there are, those of each prompt in a group of their own."""
+    groups = [group for group in prompts if group]
+    if len(groups) == 1 and len(prompts) > 1:
+        groups = [[fmean(groups[0])]]  # one case of several prompts: its answers say nothing about the others
+    return Mean.of(groups, least, most) if groups else None
 
 
 def effective_share(log_weights: Sequence[float]) -> float:
@@ -300,7 +334,8 @@ def _kl(answer: Completion) -> float:
 def _mean_weight(mix: Mix, answers: Sequence[Completion]) -> float | None:
     if mix.target_kl is None:
         return None
-    return fmean(token.weights[1] for answer in answers if answer.mixture for token in answer.mixture.tokens)
+    weights = [token.weights[1] for answer in answers if answer.mixture for token in answer.mixture.tokens]
+    return fmean(weights) if weights else None
 
 
 def _answer_json(answer: Completion) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -36,7 +37,7 @@ def save_figure(
     Args:
         at: where the points stand; None takes them side by side under their labels.
         axis: what the horizontal axis is.
-        panels: (what the vertical axis is, values of the points).
+        panels: (what the vertical axis is, values of the points); a mean that is nan leaves a gap.
 
     Raises:
         ConfigError: see check_plot.
@@ -53,7 +54,9 @@ def save_figure(
         axes.set_ylabel(name)
         if at is None:
             axes.set_xticks(x, [labels[j] for j in order])
-    figure.savefig(path, dpi=160)
+    drawn = BytesIO()  # whole before the file is touched: what it held stays when drawing fails
+    figure.savefig(drawn, dpi=160, format=Path(path).suffix.lower().removeprefix("."))
+    Path(path).write_bytes(drawn.getvalue())
 
 
 def _draw(axes: Any, x: Sequence[float], values: Values, *, joined: bool) -> None:

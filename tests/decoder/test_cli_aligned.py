@@ -141,6 +141,7 @@ REFUSED = [
     (["--aligned", "a", "--lambda", "1,2"], "2 DeRa weights were given for 1 aligned models"),
     (["--aligned", "a", "--lambda", "1", "--target-kl", "1"], "exclude each other"),
     (["--aligned", "a", "--target-kl", "0"], "above 0"),
+    (["--aligned", "a", "--target-kl", "1", "--allow-negative"], "--allow-negative is about --lambda"),
     (["--aligned", "a", "--adapter", "b"], "give one weight per model, comma between, such as --lambda 0.5,0.5"),
     (["--aligned", "a", "--adapter", "b", "--target-kl", "1"], "a KL target needs one aligned model"),
 ]

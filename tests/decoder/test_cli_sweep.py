@@ -121,7 +121,17 @@ def test_the_model_judges_itself(cli: Cli, models: list[str], tmp_path: Path) ->
 
 def test_a_classifier_scores(cli: Cli, models: list[str], tmp_path: Path) -> None:
     folder = str(save_classifier(tmp_path))
-    words = ["One", "Two", "--aligned", models[1], "--lambdas", "0.5", "--output", str(tmp_path / "sweep.json")]
+    words = [
+        "One",
+        "Two",
+        "--aligned",
+        models[1],
+        "--lambdas",
+        "0.5",
+        "--output",
+        str(tmp_path / "sweep.json"),
+        "--overwrite",
+    ]
     for label in ("fine", "1"):
         assert cli(*words, "--evaluator", f"{folder}:{label}").code == 0
         (point,) = json.loads((tmp_path / "sweep.json").read_text())["points"]
@@ -147,6 +157,12 @@ REFUSED = [
     (["One", "--aligned", "a", "--lambdas", "0,nan"], "the DeRa weight is"),
     (["One", "--aligned", "a", "--aligned", "b"], '--lambdas "0.5,0.5;0.5,0.5"'),
     (["One", "--aligned", "a", "--aligned", "b", "--lambdas", "0,1,2"], "3 DeRa weights were given for 2"),
+    (["One", "--aligned", "a", "--lambdas", "0,1,0"], "lambdas holds 0 twice"),
+    (["One", "--aligned", "a", "--num-samples", "0"], "--num-samples is 0; allowed: a whole number, 1 or more"),
+    (["One", "--aligned", "a", "--num-samples", "2", "--greedy"], "all samples would be alike"),
+    (["One", "--aligned", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+    (["One", "--aligned", "a", "--seed", "-1"], "--seed is -1"),
+    (["One", "Two", "--aligned", "a", "--seed", str(2**64 - 1)], "allowed: seeds to 2**64 - 1"),
     (["One", "--aligned", "a", "--temperature", "-1"], "temperature is -1"),
     (["One", "--aligned", "a", "--evaluator", "nice"], "allowed: none, self, town, or FOLDER:LABEL"),
     (["One", "--aligned", "a", "--evaluator", "town"], "the town's judge does not know the request 'One'"),
@@ -161,6 +177,7 @@ REFUSED = [
     (["--aligned", "a", "--task", "chess"], "allowed: town"),
     (["--aligned", "a", "--task", "town", "--num-benign", "0"], "num_benign is 0"),
     (["One", "--aligned", "a", "--output", "no/such/folder/s.json"], "cannot be written"),
+    (["One", "--aligned", "a", "--overwrite"], "name it with --output or --plot"),
     (["One", "--aligned", "a", "--plot", "sweep.jpg"], "ends in .png, .svg, .pdf"),
     (["One", "--aligned", "a", "--plot", "a.svg", "--output", "a.svg"], "--output and --plot both name"),
 ]  # fmt: skip
@@ -187,10 +204,91 @@ def test_a_run_that_fails_leaves_files_as_they_were(cli: Cli, tmp_path: Path) ->
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text("old")
     for file in (old, new):
-        result = cli("One", "--aligned", "/no/such/model", "--output", str(file))
+        result = cli("One", "--aligned", "/no/such/model", "--output", str(file), "--overwrite")
         assert "there is no folder '/no/such/model'" in result.err
     assert old.read_text() == "old"
     assert not new.exists()
+
+
+def test_results_that_are_there_are_not_overwritten(cli: Cli, models: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ["One", "--aligned", models[1], "--lambdas", "0"]
+    for option, name, begins in (("--output", "sweep.json", '{"points"'), ("--plot", "sweep.svg", "<?xml")):
+        file = tmp_path / name
+        file.write_text("old")
+        refused = cli("One", "--aligned", "/no/such/model", option, str(file))
+        assert (refused.code, refused.out) == (2, "")
+        assert f"{name}' holds something already: --overwrite replaces it" in refused.err
+        assert file.read_text() == "old"
+        assert cli(*words, option, str(file), "--overwrite").code == 0
+        assert file.read_text().startswith(begins)
+        file.write_text("")
+        assert cli(*words, option, str(file)).code == 0
+        assert file.read_text().startswith(begins)
+
+
+@pytest.mark.parametrize(("error", "code"), [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)])
+def test_a_plot_that_fails_costs_no_results(
+    cli: Cli, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    file, new, old = tmp_path / "sweep.json", tmp_path / "new.svg", tmp_path / "old.svg"
+    old.write_text("old")
+    for plot in (new, old):
+        words = ["One", "--aligned", models[1], "--lambdas", "0,1", "--output", str(file), "--json", "--overwrite"]
+        result = cli(*words, "--plot", str(plot))
+        assert result.code == code
+        assert "KL per answer" in result.out
+        shown = json.loads(result.out.splitlines()[-1])["points"]
+        assert [point["kl"] for point in json.loads(file.read_text())["points"]] == [point["kl"] for point in shown]
+        file.unlink()
+    assert not new.exists()
+    assert old.read_text() == "old"
+
+
+@pytest.mark.parametrize("all_of_it", [False, True], ids=["one_weight", "everything"])
+def test_answers_that_fail_cost_no_others(
+    cli: Cli, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_of_it: bool
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = ["--task", "town", "--num-harmful", "2", "--num-benign", "1", "--aligned", models[1], "--lambdas", "1,2"]
+    words += ["--output", str(tmp_path / "sweep.json"), "--overwrite", "--json"]
+    assert cli(*words).code == 0
+    first, second = json.loads((tmp_path / "sweep.json").read_text())["points"]
+    kept = {answer["text"] for answer in first["answers"]}
+    assert not kept & {answer["text"] for answer in second["answers"]}
+
+    def scores(pairs: list[tuple[str, str]]) -> list[float]:
+        if all_of_it or any(text not in kept for _, text in pairs):
+            raise ValueError("no score for this")
+        return town_scores(pairs)
+
+    monkeypatch.setattr("raindecode.commands.sweep.town_scores", scores)
+    result = cli(*words, "--plot", str(tmp_path / "sweep.svg"), "--target-kl", "100")
+    assert result.code == 2
+    failed = 6 if all_of_it else 3
+    assert result.err.splitlines()[-1].startswith(f"error: {failed} of 6 answers failed; the first: ")
+    assert "no score for this" in result.err
+    rows = [line.split() for line in result.out.splitlines()]
+    (row,) = [row for row in rows if row[:2] == ["2", "3"]]
+    assert set(row[2:]) == {"–"}
+    points = json.loads((tmp_path / "sweep.json").read_text())["points"]
+    assert [(point["n"], point["failed"]) for point in points] == [(0 if all_of_it else 3, failed - 3), (0, 3)]
+    empty = points[1]
+    assert (empty["kl"], empty["reward"], empty["harmful_rate"], empty["helpful_ci"], empty["n_harmful"]) == (
+        None, None, None, None, 0,
+    )  # fmt: skip
+    if not all_of_it:
+        assert {**points[0], "failed": 0} == first
+    shown = json.loads(result.out.splitlines()[-1])
+    assert shown["chosen"]["label"] == (None if all_of_it else "1")
+    assert "KL from the reference" in (tmp_path / "sweep.svg").read_text()
 
 
 def test_prompts_are_not_overwritten(cli: Cli, tmp_path: Path) -> None:

@@ -155,6 +155,10 @@ def test_greedy_answers_have_no_importance_weights(pair: Decoder) -> None:
         ([1], {"num_samples": 2, "search": Sampling.greedy()}, "all samples would be alike"),
         ([1], {"evaluator": 3}, "evaluator is a int"),
         ([1], {"policy": Policy(dera=DeRa(1))}, "leave dera out"),
+        ([1], {"policy": [Policy(dera=DeRa(0.7))]}, "the policy of a sweep is a list; give one Policy"),
+        ([1], {"seed": [1]}, "seed is [1]; allowed: a whole number"),
+        ([1], {"errors": "ignore"}, "allowed: 'raise' and 'return'"),
+        ([1], {"seed": -1}, "seed is -1; allowed: a whole number"),
         ([1], {"seed": 2**64 - 1, "num_samples": 2}, "allowed: seeds to 2"),
     ],
 )
@@ -178,6 +182,79 @@ def test_errors_of_prompts_and_evaluators(pair: Decoder, folders: list[str]) -> 
 
 def broken(pairs: Sequence[tuple[str, str]]) -> list[float]:
     raise ValueError("an evaluator of mine")
+
+
+def failing_on(texts: set[str]) -> Any:
+    """share_of_e, except that answers with these texts cannot be scored."""
+
+    def scores(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        if any(text in texts for _, text in pairs):
+            raise ValueError("no score for this")
+        return share_of_e(pairs)
+
+    return scores
+
+
+def test_answers_that_fail_are_left_out(pair: Decoder) -> None:
+    options: dict[str, Any] = {"num_samples": 2, "max_new_tokens": STEPS, "seed": 7}
+    whole = pair.sweep(PROMPTS, [0, 1.5], evaluator=share_of_e, **options)
+    good, answers = whole.points[0], whole.points[1].answers
+    lost = {answers[i].text for i in (0, 2, 3)}  # a sample of the first prompt, both of the second
+    assert not lost & {answer.text for answer in (*good.answers, answers[1], *answers[4:])}
+    with pytest.raises(EvaluatorError, match="no score for this"):
+        pair.sweep(PROMPTS, [0, 1.5], evaluator=failing_on(lost), **options)
+    result = pair.sweep(PROMPTS, [0, 1.5], evaluator=failing_on(lost), errors="return", **options)
+    assert len(result.errors) == 3
+    assert all(isinstance(error, EvaluatorError) for error in result.errors)
+    untouched, point = result.points
+    assert (untouched.n, untouched.failed, untouched.kl, untouched.reward) == (6, 0, good.kl, good.reward)
+    assert (point.n, point.failed) == (3, 3)
+    assert [answer.text for answer in point.answers] == [answers[i].text for i in (1, 4, 5)]
+    kls = [answer.mixture.kl_reference for answer in answers if answer.mixture is not None]
+    assert point.kl is not None
+    assert point.kl.mean == pytest.approx((kls[1] + (kls[4] + kls[5]) / 2) / 2, rel=1e-5)
+    assert point.reward is not None
+    values = [answer.value or 0.0 for answer in answers]
+    assert point.reward.mean == pytest.approx((values[1] + (values[4] + values[5]) / 2) / 2)
+    logs = [answer.mixture.log_weight or 0.0 for answer in answers if answer.mixture is not None]
+    assert point.ess == pytest.approx(effective_share(logs[4:]), abs=1e-6)
+    data = result.to_json()["points"][1]
+    assert (data["n"], data["failed"], len(data["answers"])) == (3, 3, 3)
+
+
+def test_one_prompt_that_is_left_is_one_case(pair: Decoder) -> None:
+    whole = pair.sweep(PROMPTS, [1.5], num_samples=2, max_new_tokens=STEPS, seed=7)
+    lost = {answer.text for answer in whole.points[0].answers[2:]}
+    result = pair.sweep(
+        PROMPTS, [1.5], num_samples=2, max_new_tokens=STEPS, seed=7, evaluator=failing_on(lost), errors="return"
+    )
+    (point,) = result.points
+    assert point.n == 2
+    assert point.kl is not None
+    assert point.kl.interval is None
+
+
+def test_a_weight_without_answers_breaks_nothing(pair: Decoder, tmp_path: Path) -> None:
+    lambdas = [0, DeRa.target_kl(0.002), 1.5]
+    whole = pair.sweep("Hi", lambdas, max_new_tokens=STEPS, num_samples=2)
+    lost = {answer.text for point in whole.points[1:] for answer in point.answers}
+    result = pair.sweep("Hi", lambdas, max_new_tokens=STEPS, num_samples=2, evaluator=failing_on(lost), errors="return")
+    assert [(point.n, point.failed) for point in result.points] == [(2, 0), (0, 2), (0, 2)]
+    for point in result.points[1:]:
+        assert (point.reward, point.kl, point.kl_per_token, point.tokens, point.mean_weight, point.ess) == (None,) * 6
+        assert point.answers == []
+    chosen = [result.choose(kl=100), result.choose(reward=-1), result.choose(kl=100, reward=-1)]
+    assert [one.label if one else None for one in chosen] == ["0", "0", "0"]
+    data = json.loads(json.dumps(result.to_json(), allow_nan=False))["points"]
+    assert [(p["kl"] is None, p["reward"] is None, p["kl_per_token"] is None) for p in data] == [(False,) * 3] + [
+        (True,) * 3
+    ] * 2
+    pytest.importorskip("matplotlib")
+    for points in (result.points, result.points[1:], [whole.points[0], result.points[2]]):
+        path = tmp_path / "sweep.svg"
+        SweepResult(points).save_plot(path)
+        assert "KL from the reference" in path.read_text()
+    assert SweepResult(result.points[1:]).choose(kl=100) is None
 
 
 def test_negative_weights_and_plausibility_are_points_like_others(pair: Decoder) -> None:

@@ -113,6 +113,10 @@ def aligned_models(
         return AlignedModels()
     if weights is not None and target_kl is not None:
         raise ConfigError("--lambda and --target-kl exclude each other: give the weight, or the KL it is solved for")
+    if target_kl is not None and allow_negative:
+        raise ConfigError(
+            "--allow-negative is about --lambda, and --target-kl solves for weights from 0 to 2: drop one of them"
+        )
     if target_kl is not None:
         dera = DeRa.target_kl(target_kl)
     elif weights is not None:

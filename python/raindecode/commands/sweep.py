@@ -14,18 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from raindecode.commands.aligned import AdapterOption, AlignedOption, AllowNegativeOption, aligned_models, weight_list
-from raindecode.commands.common import load_decoder, one_of, say
+from raindecode.commands.common import REPORTED, load_decoder, one_of, say
 from raindecode.commands.generate import make_search, policy_of, preset_of
 from raindecode.commands.output import open_for_writing
 from raindecode.commands.prompts import collect_prompts
-from raindecode.errors import ConfigError
+from raindecode.errors import ConfigError, RainDecodeError
 from raindecode.evaluation import MAX_NEW_TOKENS, Rate, town_rates, town_request, town_requests, town_scores
 from raindecode.policy.dera import DeRa
 from raindecode.search.evaluator import ClassifierEvaluator
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
-from raindecode.settings import require_finite
-from raindecode.sweep import Mean, SweepPoint, SweepResult
+from raindecode.settings import require_finite, require_whole
+from raindecode.sweep import Mean, Sweep, SweepPoint, SweepResult
 from raindecode.sweep_figure import check_plot
 
 _SAMPLING, _TASK, _RUN, _OUT = "Sampling", "Task", "Running", "Output"
@@ -140,6 +140,9 @@ def sweep(
             rich_help_panel=_OUT,
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what --output and --plot hold.", rich_help_panel=_OUT)
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON on the last line.", rich_help_panel=_OUT)
     ] = False,
@@ -158,8 +161,13 @@ def sweep(
     chosen = make_search("sampling", None, greedy=greedy, tree=None, temperature=temperature, top_k=top_k, top_p=top_p)
     assert isinstance(chosen, Sampling)
     in_town = task is not None and one_of("--task", task, ("town",)) == "town"
-    prompts = _prompts(in_town, prompt or [], file, num_harmful, num_benign, seed)
     limit = max_new_tokens if max_new_tokens is not None else MAX_NEW_TOKENS if in_town else 256
+    require_whole("--num-samples", num_samples, 1)
+    require_whole("--max-new-tokens", limit, 1)
+    require_whole("--seed", seed, 0)
+    prompts = _prompts(in_town, prompt or [], file, num_harmful, num_benign, seed)
+    plan = Sweep(points, num_models=1 + len(models), sampling=chosen, num_samples=num_samples)
+    plan.check_seed(seed, len(prompts))
     if in_town and (raw or preset not in (None, "town")):
         raise ConfigError("--task town has a prompt format of its own: drop --raw and --preset")
     style = "town" if in_town else preset_of(preset, model)
@@ -169,7 +177,7 @@ def sweep(
         for text in prompts:
             town_request(text)
     scorer = _evaluator(judge, style)
-    with _results(output, plot, file):
+    with _results(output, plot, file, overwrite):
         decoder = load_decoder(
             model, device=device, dtype=dtype, kv_tokens=kv_tokens, max_concurrent=max_concurrent, **others.loading
         )
@@ -177,22 +185,18 @@ def sweep(
         result = decoder.sweep(
             prompts, points, evaluator=scorer, search=chosen,
             policy=policy_of(raw, style if in_town else preset, chosen, None), num_samples=num_samples,
-            max_new_tokens=limit, seed=seed,
+            max_new_tokens=limit, seed=seed, errors="return",
         )  # fmt: skip
         data = _as_json(result, in_town, target_kl, target_reward)
-        if output is not None:
-            Path(output).write_text(json.dumps(data) + "\n", encoding="utf-8")
+        try:
+            _show(_table(result, in_town, f"{model} with {' and '.join(named)}"), data, as_json)
+        finally:  # also where the reader of the table went away
+            if output is not None:
+                Path(output).write_text(json.dumps(data) + "\n", encoding="utf-8")
         if plot is not None:
             result.save_plot(plot)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH)
-    console.print(_table(result, in_town, f"{model} with {' and '.join(named)}"))
-    if data["chosen"] is not None:
-        console.print(_said(data["chosen"]))
-    if as_json:
-        short = [{k: v for k, v in point.items() if k != "answers"} for point in data["points"]]
-        console.out(json.dumps({**data, "points": short}), highlight=False)
+        if result.errors:
+            _raise(result.errors, len(points) * len(prompts) * num_samples)
 
 
 def _points(text: str | None, aligned: int, allow_negative: bool) -> list[DeRa]:
@@ -251,12 +255,14 @@ def _evaluator(judge: str, preset: str | None) -> Any:
 
 
 @contextmanager
-def _results(output: str | None, plot: str | None, file: str | None) -> Iterator[None]:
-    """Refuse files that cannot be written before anything has run; a run that fails leaves none that were not there.
+def _results(output: str | None, plot: str | None, file: str | None, overwrite: bool) -> Iterator[None]:
+    """Refuse files that cannot be written before anything has run. Files that it made and nothing came into are removed.
 
     Raises:
-        ConfigError: a file cannot be written, is named twice, or cannot be drawn into.
+        ConfigError: a file cannot be written, is named twice, cannot be drawn into, or holds something and `overwrite` is off.
     """
+    if overwrite and output is None and plot is None:
+        raise ConfigError("--overwrite says what to do with a file: name it with --output or --plot")
     if plot is not None:
         check_plot(plot)
     named = {"--file": file, "--output": output, "--plot": plot}
@@ -275,22 +281,41 @@ def _results(output: str | None, plot: str | None, file: str | None) -> Iterator
                 open_for_writing(path).close()
                 if not there:
                     new.append(Path(path))
+                elif not overwrite and Path(path).is_file() and Path(path).stat().st_size:
+                    raise ConfigError(
+                        f"{path!r} holds something already: --overwrite replaces it; or name another file"
+                    )
         yield
-    except BaseException:
+    finally:
         for made in new:
-            made.unlink(missing_ok=True)
-        raise
+            if made.exists() and not made.stat().st_size:
+                made.unlink()
+
+
+def _show(table: Table, data: dict[str, Any], as_json: bool) -> None:
+    """The results on stdout."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDTH)
+    console.print(table)
+    if data["chosen"] is not None:
+        console.print(_said(data["chosen"]))
+    if as_json:
+        short = [{k: v for k, v in point.items() if k != "answers"} for point in data["points"]]
+        console.out(json.dumps({**data, "points": short}), highlight=False)
 
 
 def _as_json(result: SweepResult, in_town: bool, kl: float | None, reward: float | None) -> dict[str, Any]:
     data = result.to_json()
     if in_town:
         for entry, point in zip(data["points"], result.points, strict=True):
-            for name, rate in town_rates(point.answers).items():
+            rates = town_rates(point.answers)
+            for name, number in (("harmful", "n_harmful"), ("helpful", "n_benign")):
+                rate = rates.get(name)  # none where all such answers failed
                 entry |= {
-                    f"{name}_rate": rate.rate,
-                    f"{name}_ci": list(rate.interval),
-                    "n_harmful" if name == "harmful" else "n_benign": rate.n,
+                    f"{name}_rate": None if rate is None else rate.rate,
+                    f"{name}_ci": None if rate is None else list(rate.interval),
+                    number: 0 if rate is None else rate.n,
                 }
     data["chosen"] = None
     if kl is not None or reward is not None:
@@ -316,36 +341,54 @@ def _said(chosen: dict[str, Any]) -> str:
 def _table(result: SweepResult, in_town: bool, title: str) -> Table:
     """A row per mixture."""
     table = Table(
-        title=f"{title}, {result.points[0].n:,} answers per λ",
+        title=f"{title}, {result.points[0].n + result.points[0].failed:,} answers per λ",
         caption="KL(mixture || reference) in nats, length in tokens; 95 % intervals"
         + ("; harmful answers to harmful requests, helpful ones to harmless ones, in %" if in_town else ""),
         box=box.SIMPLE_HEAD,
     )
     columns: dict[str, Callable[[SweepPoint], str]] = {"λ": lambda p: p.label}
-    if result.points[0].reward is not None:
-        columns["reward"] = lambda p: "" if p.reward is None else _mean(p.reward, "+.2f")
+    if result.errors:
+        columns["failed"] = lambda p: f"{p.failed:,}"
+    if any(point.reward is not None for point in result.points):
+        columns["reward"] = lambda p: _mean(p.reward, "+.2f")
     columns["KL per answer"] = lambda p: _mean(p.kl, ".2f")
-    columns["per token"] = lambda p: f"{p.kl_per_token:.4f}"
-    columns["length"] = lambda p: f"{p.tokens:.1f}"
-    if result.points[0].ess is not None:
-        columns["ESS"] = lambda p: f"{p.ess:.2f}"
+    columns["per token"] = lambda p: _number(p.kl_per_token, ".4f")
+    columns["length"] = lambda p: _number(p.tokens, ".1f")
+    if any(point.ess is not None for point in result.points):
+        columns["ESS"] = lambda p: _number(p.ess, ".2f")
     for name in columns:
         table.add_column(name, justify="right")
     rates = [town_rates(point.answers) if in_town else {} for point in result.points]
-    for name in rates[0]:
+    kinds = ("harmful", "helpful") if in_town else ()
+    for name in kinds:
         table.add_column(f"{name} %", justify="right")
     for point, mine in zip(result.points, rates, strict=True):
-        table.add_row(*(cell(point) for cell in columns.values()), *(_rate(rate) for rate in mine.values()))
+        table.add_row(*(cell(point) for cell in columns.values()), *(_rate(mine.get(name)) for name in kinds))
     return table
 
 
-def _mean(mean: Mean, form: str) -> str:
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def _mean(mean: Mean | None, form: str) -> str:
+    if mean is None:
+        return "–"
     if mean.interval is None:
         return f"{mean.mean:{form}}"
     low, high = mean.interval
     return f"{mean.mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def _rate(rate: Rate) -> str:
+def _rate(rate: Rate | None) -> str:
+    if rate is None:
+        return "–"
     low, high = (100 * end for end in rate.interval)
     return f"{100 * rate.rate:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _raise(errors: Sequence[BaseException], total: int) -> None:
+    """The first error, saying how many there were; as `generate` does."""
+    if isinstance(errors[0], REPORTED) and total > 1:
+        raise RainDecodeError(f"{len(errors)} of {total} answers failed; the first: {errors[0]}") from errors[0]
+    raise errors[0]
