@@ -6,7 +6,7 @@
     raindecode bench rain --json benchmarks/results/rain-testbed.json                    # and --model 110m, rain-110m.json
     raindecode bench dera --shape 110m --json benchmarks/results/dera-110m.json          # and other shapes
     raindecode sweep --task town --adapter testbed --lambdas 0,0.25,0.5,0.75,1,1.5,2,3 --num-harmful 400 --num-benign 400 \\
-        --plot docs/methods/dera-sweep.svg --json | tail -n 1 > benchmarks/results/town-sweep.json
+        --plot docs/methods/dera-sweep.svg --overwrite --json | tail -n 1 > benchmarks/results/town-sweep.json
     python benchmarks/check_widths.py --json benchmarks/results/widths-float32.json      # and --dtype bfloat16
     python benchmarks/profile_step.py --json benchmarks/results/step.json
     python benchmarks/update_readme.py
