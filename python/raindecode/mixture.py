@@ -54,7 +54,7 @@ class Mix:
         """The first model that takes part: it judges and embeds, where one model is enough."""
         return self.speakers[0]
 
-    @cached_property
+    @property
     def only_first(self) -> Mix:
         """The first model that takes part, alone."""
         return Mix(tuple(float(i == self.first) for i in range(len(self.weights))))

@@ -369,8 +369,9 @@ def test_ctrl_c_in_a_real_process(llama: str, tmp_path: Path) -> None:
     command += ["--max-new-tokens", "40", "--kv-tokens", "512", "--num-samples", "100000", "--output", str(file), "x"]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}, text=True
-    )
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite begun with & ignores it, and so would this
+    )  # fmt: skip
     while process.poll() is None and not (file.exists() and file.stat().st_size):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
