@@ -16,7 +16,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.ready
 # A file's tests stay together: its fixtures compile kernels. One thread each, or the processes would fight for the cores.
-PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest tests -n $(JOBS) --dist loadfile
+# Files in the order of tests/conftest.py, the longest first; xdist's own order, by number of tests, leaves these to the end.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 TORCH_STAMP := $(VENV)/.torch
 OLD_TRITON := $(VENV)/.triton-3.6
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml

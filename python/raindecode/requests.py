@@ -134,7 +134,7 @@ class RequestMaker:
         if not is_whole(seed) or not 0 <= seed < 2**64:
             raise ConfigError(f"seed is {seed!r}; allowed: a whole number from 0 to 2**64 - 1")
         stops += () if format is None else format.stop
-        ends = frozenset().union(*(self.ends[model] for model in mix.speakers))
+        ends = None if len(set(self.ends)) == 1 else frozenset().union(*(self.ends[model] for model in mix.speakers))
         return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids, mix, ends)
 
 

@@ -82,12 +82,13 @@ class Answers:
 
     def _draw(self, draws: Sequence[tuple[_Asked, Draw]]) -> Iterator[Drawn | Exception]:
         """All draws of a step; where one cannot be made, its error."""
+        fused = [i for i, (one, draw) in enumerate(draws) if one.single is None and _is_fused(one, draw)]
+        if not fused:
+            return iter(self._draw_on_host(draws))
         results: list[Drawn | Exception | None] = [None] * len(draws)
-        fused = [i for i, (one, draw) in enumerate(draws) if _is_fused(one, draw)]
-        if fused:
-            mixed = [MixDraw(one.rows, one.mix, d.shape, (d.key, d.counter)) for one, d in (draws[i] for i in fused)]
-            for i, result in zip(fused, self._draw_mixed(mixed), strict=True):
-                results[i] = result
+        mixed = [MixDraw(one.rows, one.mix, d.shape, (d.key, d.counter)) for one, d in (draws[i] for i in fused)]
+        for i, result in zip(fused, self._draw_mixed(mixed), strict=True):
+            results[i] = result
         on_host = [i for i, result in enumerate(results) if result is None]
         for i, result in zip(on_host, self._draw_on_host([draws[i] for i in on_host]), strict=True):
             results[i] = result
@@ -122,12 +123,16 @@ class Answers:
             )
             requests.append(whole)
         drawn = _drawn_on_host(requests)
+        if any(one.mix.plausibility or one.mix.stats for one, _ in draws):
+            self._complete(draws, drawn)
+        return drawn
+
+    def _complete(self, draws: Sequence[tuple[_Asked, Draw]], drawn: list[Drawn | Exception]) -> None:
+        """What draws on the host leave out: the log-probability before the plausibility filter, and statistics."""
         for i, ((one, _), result) in enumerate(zip(draws, drawn, strict=True)):
-            if one.mix.plausibility and isinstance(result, Drawn):  # of the mixture, not of what the filter left of it
+            if one.mix.plausibility and isinstance(result, Drawn):
                 (logprob,) = sampler.log_softmax_at(self._host_row(one), [result.token])
                 drawn[i] = result._replace(logprob=logprob)
-        if not any(one.mix.stats for one, _ in draws):
-            return drawn
         wanted = [
             (i, one, result)
             for i, ((one, _), result) in enumerate(zip(draws, drawn, strict=True))
@@ -136,7 +141,6 @@ class Answers:
         measured = measure([(one.rows, one.mix, result.token) for _, one, result in wanted], self.vocab_size)
         for (i, _, result), found in zip(wanted, measured, strict=True):
             drawn[i] = result._replace(measured=found)
-        return drawn
 
     def _row_or_error(self, one: _Asked) -> HostRow | Exception:
         try:
@@ -182,7 +186,7 @@ class Answers:
 
 def _is_fused(one: _Asked, draw: Draw) -> bool:
     plain = draw.shape.repetition_penalty == 1.0 or not draw.context
-    return one.single is None and plain and not draw.greedy and not one.want.keep
+    return plain and not draw.greedy and not one.want.keep
 
 
 def _drawn_or_error(request: sampler.DrawRequest) -> Drawn | Exception:
@@ -195,10 +199,13 @@ def _drawn_or_error(request: sampler.DrawRequest) -> Drawn | Exception:
 def _drawn_on_host(requests: Sequence[sampler.DrawRequest | Exception]) -> list[Drawn | Exception]:
     good = [request for request in requests if isinstance(request, sampler.DrawRequest)]
     try:
-        made: Iterator[Drawn | Exception] = iter(sampler.draw_all(good))
+        made: list[Drawn | Exception] = list(sampler.draw_all(good))
     except Exception:  # one by one, so that only the request at fault ends
-        made = iter([_drawn_or_error(r) for r in good])
-    return [next(made) if isinstance(request, sampler.DrawRequest) else request for request in requests]
+        made = [_drawn_or_error(request) for request in good]
+    if len(good) == len(requests):
+        return made
+    following = iter(made)
+    return [next(following) if isinstance(request, sampler.DrawRequest) else request for request in requests]
 
 
 def _aimed(mix: Mix, rows: Rows, vocab_size: int) -> Mix:
