@@ -48,7 +48,8 @@ def dera_sweep(record: Row | None) -> str:
     counts = {"n_harmful": 400, "n_benign": 400} if record is None else record["points"][0]
     return (
         f"**λ sweep on the testbed**: {counts['n_harmful']} held-out harmful and {counts['n_benign']} harmless requests, 95 % intervals\n"
-        "(`raindecode sweep --task town --adapter testbed`, [docs/methods/dera.md](docs/methods/dera.md)):\n\n"
+        "(`raindecode sweep --task town --adapter testbed --num-harmful 400 --num-benign 400 --lambdas 0,0.25,0.5,0.75,1,1.5,2,3`,\n"
+        "[docs/methods/dera.md](docs/methods/dera.md)):\n\n"
     ) + sweep_rows(record)
 
 

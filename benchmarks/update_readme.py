@@ -4,7 +4,7 @@
     python benchmarks/gpu_acceptance.py --out benchmarks/results/h200-<date>.json        # on a machine with a GPU
     raindecode eval --task town --search vanilla,rain --json | tail -n 1 > benchmarks/results/town.json
     raindecode bench rain --json benchmarks/results/rain-testbed.json                    # and --model 110m, rain-110m.json
-    raindecode bench dera --shape 110m --json benchmarks/results/dera-110m.json          # and other shapes
+    raindecode bench dera --shape 110m --rounds 9 --json benchmarks/results/dera-110m.json     # and 25m; testbed --context 128
     raindecode sweep --task town --adapter testbed --lambdas 0,0.25,0.5,0.75,1,1.5,2,3 --num-harmful 400 --num-benign 400 \\
         --plot docs/methods/dera-sweep.svg --overwrite --json | tail -n 1 > benchmarks/results/town-sweep.json
     python benchmarks/check_widths.py --json benchmarks/results/widths-float32.json      # and --dtype bfloat16

@@ -87,12 +87,21 @@ class Decoder:
         self.engine: Engine
         self.exact: ExactMode
         adapters = as_strings("adapters", adapters)
+        if not isinstance(aligned, Sequence):
+            raise ModelError(
+                f"aligned is a {type(aligned).__name__}; give a list of pairs of a model and its tokenizer"
+            )
         if len(adapters) + len(aligned) >= MAX_MODELS:
             raise ConfigError(
                 f"{len(adapters) + len(aligned)} aligned models were given; allowed: up to {MAX_MODELS - 1} beside the reference"
             )
         for one in aligned:
-            if not isinstance(one, tuple) or len(one) != 2 or not isinstance(one[0], PreTrainedModel):
+            if (
+                not isinstance(one, tuple)
+                or len(one) != 2
+                or not isinstance(one[0], PreTrainedModel)
+                or not hasattr(one[1], "get_vocab")
+            ):
                 raise ModelError(
                     f"aligned holds a {type(one).__name__}; give pairs of a transformers PreTrainedModel and its tokenizer"
                 )
@@ -300,11 +309,14 @@ class Decoder:
             raise ConfigError("the policy of a sweep holds a dera, but its lambdas say what is mixed: leave dera out")
         require_whole("seed", seed, 0)
         plan = Sweep(lambdas, num_models=self.num_models, sampling=search, num_samples=num_samples, evaluator=evaluator)
-        given = self.requests(
-            prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
-            stop_token_ids=stop_token_ids,
-        )  # fmt: skip
-        if not given:
+        given = [
+            self.requests(
+                prompts, search=search, policy=one, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
+                stop_token_ids=stop_token_ids,
+            )
+            for one in plan.policies(None if policy is None else policy.prompt)
+        ]  # fmt: skip
+        if not given[0]:
             raise PromptError("there is no prompt: give at least one")
         requests = plan.requests(given, seed)
         steps, started = self.engine.model_steps, time.perf_counter()

@@ -127,8 +127,9 @@ class RequestMaker:
         longest = min(context for model, context in enumerate(self.contexts) if mix.models >> model & 1)
         room = longest - len(ids)
         if room < 1:
+            owner = self.name if len(self.contexts) == 1 else "the models that answer it"
             raise PromptError(
-                f"{where} has {len(ids)} tokens with its format, the context of {self.name} {longest}: "
+                f"{where} has {len(ids)} tokens with its format, the context of {owner} {longest}: "
                 f"shorten it to at most {longest - 1} tokens"
             )
         if not is_whole(seed) or not 0 <= seed < 2**64:

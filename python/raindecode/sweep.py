@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 from raindecode.errors import ConfigError
 from raindecode.mixture import Mix
 from raindecode.policy.dera import DeRa
+from raindecode.policy.policy import Policy
+from raindecode.policy.prompt import ChatFormat
 from raindecode.search.evaluator import Evaluator, JudgeTemplate, ScoreFunction, as_evaluator
 from raindecode.search.sampling import Sampling
 from raindecode.search.scored import Scored
@@ -233,21 +235,30 @@ class Sweep:
                 f"seed is {seed} for {prompts} prompts, {self.num_samples} samples each; allowed: seeds to 2**64 - 1"
             )
 
-    def requests(self, given: Sequence[Request], seed: int) -> list[Request]:
+    def policies(self, prompt: ChatFormat | None) -> list[Policy]:
+        """A policy per λ, everything measured. Each has requests of its own: where answers end and how long they may be is the
+        models' that take part.
+        """
+        return [Policy(prompt=prompt, dera=replace(dera, stats=True)) for dera in self._dera]
+
+    def requests(self, given: Sequence[Sequence[Request]], seed: int) -> list[Request]:
         """Every prompt's samples under every λ; a prompt's stand together, because what it leaves in the cache is shared.
 
         Sample k of prompt i has the seed `seed` + i num_samples + k, whatever λ is: points then differ by their mixture and
         not by their luck, and prompts do not share random numbers.
 
+        Args:
+            given: requests of all prompts, λ by λ.
+
         Raises:
             ConfigError: there are too few seeds above `seed`.
         """
-        self.check_seed(seed, len(given))
+        self.check_seed(seed, len(given[0]))
         return [
-            replace(request, seed=seed + i * self.num_samples + k, mix=mix)
-            for i, request in enumerate(given)
+            replace(request, seed=seed + i * self.num_samples + k)
+            for i, of_prompt in enumerate(zip(*given, strict=True))
             for k in range(self.num_samples)
-            for mix in self._mixes
+            for request in of_prompt
         ]
 
     def result(

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from raindecode.decoder import Decoder
 from raindecode.engine.branch import Ledger
 from raindecode.engine.types import Search, Want
-from raindecode.errors import ConfigError, ModelError, PromptError, RainDecodeError, VocabularyError
+from raindecode.errors import ConfigError, ModelError, NumericError, PromptError, RainDecodeError, VocabularyError
 from raindecode.mixture import Mix
 from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
@@ -461,6 +461,36 @@ def test_an_answer_ends_where_its_own_models_end(reference: PreTrainedModel, ali
     assert len(decoder.generate([long], max_new_tokens=3, search=Sampling(ignore_eos=True))[0].token_ids) == 3
     with pytest.raises(PromptError, match="20"):
         decoder.generate([long], policy=dera(0.5))
+
+
+def test_a_sweep_ends_answers_as_their_models_do(reference: PreTrainedModel, aligned: PreTrainedModel) -> None:
+    chat, other = byte_tokenizer(), copy.deepcopy(aligned)
+    chat.eos_token = "a"
+    decoder = Decoder(copy.deepcopy(reference), byte_tokenizer(), aligned=[(other, chat)], kv_tokens=3000)
+    weights = [0.0, 0.5, 1.0]
+    result = decoder.sweep(PROMPTS, weights, max_new_tokens=60)
+    for weight, point in zip(weights, result.points, strict=True):
+        alone = decoder.generate(PROMPTS, policy=dera(weight, stats=True), seed=range(4), max_new_tokens=60)
+        assert [c.token_ids for c in point.answers] == [c.token_ids for c in alone]
+    other.config.max_position_embeddings = 12
+    with pytest.raises(PromptError, match="the context of the models that answer it 12"):
+        decoder.sweep([[5] * 14], weights)
+
+
+def test_padding_that_a_model_draws_ends_its_own_request_only(
+    reference: PreTrainedModel, aligned: PreTrainedModel
+) -> None:
+    """A model alone draws from its whole row; the others have no such token to be measured at, or to run."""
+    loud = copy.deepcopy(aligned)
+    rows = loud.get_output_embeddings().weight.shape[0]
+    loud.resize_token_embeddings(280, mean_resizing=False)
+    loud.get_output_embeddings().weight.data[rows:] *= 50
+    decoder = pair(reference, loud)
+    policies = [dera(1.0, stats=True), dera(0.5), dera(0.0, stats=True), dera(0.5, stats=True)]
+    done = answers(decoder, policies, errors="return", max_new_tokens=40, search=Sampling(ignore_eos=True))
+    assert isinstance(done[0], NumericError)
+    assert "padding" in str(done[0])
+    assert [len(c.token_ids) for c in done[1:]] == [40] * 3
 
 
 _ENDS = [(0.0, False), (0.0, True), (0.5, False), (1.0, False)]  # weight, statistics

@@ -129,8 +129,13 @@ class Answers:
 
     def _complete(self, draws: Sequence[tuple[_Asked, Draw]], drawn: list[Drawn | Exception]) -> None:
         """What draws on the host leave out: the log-probability before the plausibility filter, and statistics."""
-        for i, ((one, _), result) in enumerate(zip(draws, drawn, strict=True)):
-            if one.mix.plausibility and isinstance(result, Drawn):
+        for i, ((one, draw), result) in enumerate(zip(draws, drawn, strict=True)):
+            if isinstance(result, Drawn) and one.mix.stats and result.token >= self.vocab_size:
+                drawn[i] = NumericError(
+                    f"id {result.token} was drawn, which is padding of one model's vocabulary and no token to the others "
+                    f"(0 to {self.vocab_size - 1}): a model alone draws from its whole row; leave stats off for it"
+                )
+            elif one.mix.plausibility and draw.logprob and isinstance(result, Drawn):
                 (logprob,) = sampler.log_softmax_at(self._host_row(one), [result.token])
                 drawn[i] = result._replace(logprob=logprob)
         wanted = [

@@ -133,7 +133,7 @@ def _check_special(reference: Any, other: Any, name: str) -> None:
         mine_text, theirs_text = (getattr(tokenizer, f"{kind}_token") for tokenizer in (reference, other))
         if kind == "eos":  # a base and its chat model often differ here, and mean the same by every id
             _log.warning(
-                "eos token: it is %s (%r) to the reference model and %s (%r) to %s; either ends an answer",
+                "eos token: it is %s (%r) to the reference model and %s (%r) to %s; each ends the answers it takes part in",
                 mine, mine_text, theirs, theirs_text, name,
             )  # fmt: skip
             continue
