@@ -6,7 +6,7 @@ import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
 import transformers
@@ -83,6 +83,14 @@ def load_decoder(model: str, **options: Any) -> Decoder:
         return Decoder.from_pretrained(model, **options)
     with console.status(Text(f"loading {model}")):
         return Decoder.from_pretrained(model, **options)
+
+
+def raise_first(errors: Sequence[BaseException], total: int, what: str) -> None:
+    """Raise the first of some errors, saying how many of the `total` requests, or whatever they are called, failed."""
+    first = errors[0]
+    if isinstance(first, REPORTED) and total > 1:
+        raise RainDecodeError(f"{len(errors)} of {total} {what} failed; the first: {first}") from first
+    raise first
 
 
 def one_of(what: str, given: str, allowed: tuple[str, ...]) -> str:

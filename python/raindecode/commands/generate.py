@@ -18,11 +18,11 @@ from raindecode.commands.aligned import (
     aligned_models,
 )
 from raindecode.commands.answer_file import require_output
-from raindecode.commands.common import REPORTED, load_decoder, one_of, printable, say
+from raindecode.commands.common import load_decoder, one_of, printable, raise_first, say
 from raindecode.commands.output import Output, counters
 from raindecode.commands.prompts import collect_prompts
 from raindecode.decoder import Decoder
-from raindecode.errors import ConfigError, RainDecodeError
+from raindecode.errors import ConfigError
 from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
@@ -335,7 +335,7 @@ class Run:
             say(f"{self.sink.finished} of {len(requests)} answers had finished{go_on}")
             raise
         if failed:
-            _raise(failed, len(left))
+            raise_first(failed, len(left), "requests")
 
     def _streamer(self) -> Callable[[int, str], None]:
         started = False
@@ -351,11 +351,3 @@ class Run:
         if self.stream:
             self.sink.show("\n")
             say(counters(completion))
-
-
-def _raise(failed: list[BaseException], total: int) -> None:
-    """The first failure, saying how many there were."""
-    first = failed[0]
-    if isinstance(first, REPORTED) and total > 1:
-        raise RainDecodeError(f"{len(failed)} of {total} requests failed; the first: {first}") from first
-    raise first

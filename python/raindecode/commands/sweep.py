@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from raindecode.commands.aligned import AdapterOption, AlignedOption, AllowNegativeOption, aligned_models, weight_list
-from raindecode.commands.common import REPORTED, load_decoder, one_of, say
+from raindecode.commands.common import load_decoder, one_of, raise_first, say
 from raindecode.commands.generate import make_search, policy_of, preset_of
 from raindecode.commands.output import open_for_writing
 from raindecode.commands.prompts import collect_prompts
-from raindecode.errors import ConfigError, RainDecodeError
+from raindecode.errors import ConfigError
 from raindecode.evaluation import MAX_NEW_TOKENS, Rate, town_rates, town_request, town_requests, town_scores
 from raindecode.policy.dera import DeRa
 from raindecode.search.evaluator import ClassifierEvaluator
@@ -196,7 +196,7 @@ def sweep(
         if plot is not None:
             result.save_plot(plot)
         if result.errors:
-            _raise(result.errors, len(points) * len(prompts) * num_samples)
+            raise_first(result.errors, len(points) * len(prompts) * num_samples, "answers")
 
 
 def _points(text: str | None, aligned: int, allow_negative: bool) -> list[DeRa]:
@@ -385,10 +385,3 @@ def _rate(rate: Rate | None) -> str:
         return "–"
     low, high = (100 * end for end in rate.interval)
     return f"{100 * rate.rate:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _raise(errors: Sequence[BaseException], total: int) -> None:
-    """The first error, saying how many there were; as `generate` does."""
-    if isinstance(errors[0], REPORTED) and total > 1:
-        raise RainDecodeError(f"{len(errors)} of {total} answers failed; the first: {errors[0]}") from errors[0]
-    raise errors[0]

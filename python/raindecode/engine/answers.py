@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from raindecode.engine import sampler
 from raindecode.engine.branch import Branch
 from raindecode.engine.logit_rows import HostRow, KeptRows, LogitRow
-from raindecode.engine.mixing import MixDraw, draw_mixed, measure, mixed_row, plausible_row, weight_for_kl
+from raindecode.engine.mixing import MixDraw, Rows, draw_mixed, measure, mixed_row, plausible_row, weight_for_kl
 from raindecode.engine.sampler import Drawn
 from raindecode.engine.types import Draw, Got, Want
 from raindecode.errors import NumericError
 from raindecode.mixture import Mix
-
-Rows: TypeAlias = "Sequence[LogitRow | None]"  # one per model of the engine
 
 
 class _Asked(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from raindecode.errors import NumericError
 from raindecode.mixture import Measured, Mix
 from rainkernels.ops.logits import MixSample, MixStats, mix_sample
 
-Rows = Sequence["LogitRow | None"]  # one per model; None where the model does not run
+Rows: TypeAlias = "Sequence[LogitRow | None]"  # one per model; None where the model does not run
 _GREEDY = Filter(temperature=0.0)
 _MASK64 = (1 << 64) - 1
 
