@@ -13,7 +13,7 @@ from raindecode.errors import ConfigError, FitError
 from raindecode.policy.alignez.ccs import ccs
 from raindecode.policy.alignez.directions import cosine_filter, mean_difference, nearest, svd_diff, svd_group
 from raindecode.policy.alignez.logistic import logistic
-from raindecode.policy.alignez.pairs import canonical_signs, thin_svd
+from raindecode.policy.alignez.matrices import canonical_signs, thin_svd
 
 
 def first(helpful: Tensor, harmful: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from raindecode.errors import ConfigError
-from raindecode.policy.alignez.pairs import canonical_signs, check_pairs, has_contrast, layer, thin_svd, unit
+from raindecode.policy.alignez.matrices import canonical_signs, check_pairs, has_contrast, layer, thin_svd, unit
 from raindecode.settings import require_finite, require_whole
 
 __all__ = ["PUBLISHED", "Moments", "Normalize", "Probe", "ccs", "ccs_loss"]

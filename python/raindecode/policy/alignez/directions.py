@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raindecode.errors import ConfigError, FitError
-from raindecode.policy.alignez.pairs import canonical_signs, check_pairs, check_rows, has_contrast, layer, thin_svd
+from raindecode.policy.alignez.matrices import canonical_signs, check_pairs, check_rows, has_contrast, layer, thin_svd
 from raindecode.settings import require_finite, require_whole
 
 __all__ = ["GroupDirections", "PairDirections", "cosine_filter", "mean_difference", "nearest", "svd_diff", "svd_group"]
@@ -84,7 +84,7 @@ def svd_diff(helpful: Tensor, harmful: Tensor, *, rank: int | None = None, cente
         rank: at most so many per layer; None for all.
 
     Returns:
-        Per layer at most min(K, d) directions; those that rounding alone would give are left out (`pairs.thin_svd`).
+        Per layer at most min(K, d) directions; those that rounding alone would give are left out (`matrices.thin_svd`).
 
     Raises:
         ConfigError: rank is no whole number above 0.

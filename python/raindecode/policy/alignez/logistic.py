@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raindecode.errors import ConfigError, FitError
-from raindecode.policy.alignez.pairs import check_pairs, layer, thin_svd, unit
+from raindecode.policy.alignez.matrices import check_pairs, layer, thin_svd, unit
 from raindecode.settings import require_finite
 
 __all__ = ["LogisticProbe", "logistic"]
