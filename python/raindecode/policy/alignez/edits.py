@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from raindecode.errors import ConfigError
 from raindecode.hidden_edits import NORMS, OPS, TAPS, ModelIdentity, Site, Stage
 from raindecode.policy.alignez.directions import cosine_filter, nearest, svd_group
 from raindecode.settings import is_whole, require_finite, require_whole
+
+if TYPE_CHECKING:
+    from raindecode.policy.alignez.pairs import PairSet
 
 Selection = Literal["none", "cosine", "knn"]
 Half = Literal["reference", "aligned", "both"]
@@ -157,6 +161,66 @@ class AlignEZ:
             )  # fmt: skip
             stages.append((Site(layer, tap), stage))  # type: ignore[arg-type]
         return cls(stages=tuple(stages), positions=positions or Positions(), model=model)
+
+    # ---- made, kept and put elsewhere: imported when called, since these modules are built on this one ------------------
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        strength: float = 1.0,
+        on: Half = "reference",
+        judge: bool = False,
+        force: bool = False,
+    ) -> AlignEZ:
+        """Read a file of `save` or `raindecode fit-edit`, or a GGUF control vector. Arguments: see the class.
+
+        Raises:
+            EditFileError: there is no such file, or it is damaged or of another kind.
+            ConfigError: an argument is not allowed.
+        """
+        from raindecode.policy.alignez.files import load_edit
+
+        return replace(load_edit(path), strength=strength, on=on, judge=judge, force=force)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, or a GGUF control vector where the name ends in .gguf.
+
+        Raises:
+            EditFileError: it cannot be written. ConfigError: a control vector cannot say what this edit does.
+        """
+        from raindecode.policy.alignez.files import export_control_vector, save_edit
+
+        if Path(path).suffix == ".gguf":
+            export_control_vector(self, path)
+        else:
+            save_edit(self, path)
+
+    @classmethod
+    def fit(
+        cls, decoder: Any, pairs: Sequence[Any], preset: str = "svd", *, progress: bool | None = None, **settings: Any
+    ) -> AlignEZ:
+        """Find directions in what the decoder's reference model makes of pairs of answers.
+
+        Args:
+            pairs: of `generate_pairs` or `read_pairs`.
+            preset: "svd", "ccs", "svd-knn", "svd-diff" (the published variants), "mean-diff" or "logistic" (baselines).
+            settings: of FitSettings, in the place of the preset's: tap, pool, layers, alpha, positions and more.
+
+        Raises:
+            FitError: the pairs give no directions. ConfigError: a setting is outside what is allowed.
+        """
+        from raindecode.policy.alignez.fit import fit, from_mapping
+        from raindecode.policy.alignez.presets import preset as named
+
+        return fit(decoder, pairs, from_mapping(named(preset), settings), progress)
+
+    @staticmethod
+    def generate_pairs(decoder: Any, questions: Sequence[str], **options: Any) -> PairSet:
+        """Have the model say what helpful and harmful answers are like, and give both. Options: see pairs.generate_pairs."""
+        from raindecode.policy.alignez.pairs import generate_pairs
+
+        return generate_pairs(decoder, questions, **options)
 
     @property
     def sites(self) -> tuple[Site, ...]:
