@@ -237,7 +237,7 @@ def test_paths_that_are_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     large = tmp_path / "large.gguf"
     with large.open("wb") as stream:
         stream.truncate((1 << 26) + 1)
-    with pytest.raises(EditFileError, match="larger than 67108864 bytes"):
+    with pytest.raises(EditFileError, match="has 67108865 bytes, and a control vector in GGUF may have 67108864"):
         read_control_vector(large)
 
 

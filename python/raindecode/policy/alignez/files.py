@@ -22,16 +22,17 @@ def read_bounded(path: str | Path, most: int, what: str) -> bytes:
         if not file.is_file():
             kind = "a folder" if file.is_dir() else "no ordinary file"
             raise EditFileError(f"{str(path)!r} is {kind}: give the path of {what}")
+        size = file.stat().st_size
+        if size > most:
+            raise EditFileError(
+                f"{str(path)!r} has {size} bytes, and {what} may have {most} at the most: check that it is one"
+            )
         with file.open("rb") as stream:
-            data = stream.read(most + 1)
+            data = stream.read(size)
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         if isinstance(error, EditFileError):
             raise
         raise EditFileError(f"{str(path)!r} could not be read ({error}): give the path of {what}") from error
-    if len(data) > most:
-        raise EditFileError(
-            f"{str(path)!r} is larger than {most} bytes, the most that {what} may have: check that it is one"
-        )
     return data
 
 
