@@ -360,8 +360,8 @@ def test_an_architecture_without_the_place_says_so() -> None:
     decoder = tiny_decoder("gpt2")
     layer = decoder.engine.runner.model.transformer.h[0]
     layer.add_module("perceptron", layer.mlp)
+    del layer.mlp
     with pytest.raises(UnsupportedModelError, match="has no mlp_out"):
-        del layer.mlp
         decoder.activations([("a", "")], tap="mlp_out")
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from raindecode.errors import ConfigError, FitError
@@ -71,7 +70,7 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            ("kind", self.kind, tuple(_STAGES) + ("svd-knn",)), ("tap", self.tap, TAPS),
+            ("kind", self.kind, (*_STAGES, "svd-knn")), ("tap", self.tap, TAPS),
             ("pool", self.pool, ("last", "mean", "prompt")), ("context", self.context, ("question", "elicited")),
         ):  # fmt: skip
             if value not in allowed:
