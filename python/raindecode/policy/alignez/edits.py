@@ -222,6 +222,15 @@ class AlignEZ:
 
         return generate_pairs(decoder, questions, **options)
 
+    def bake(self, decoder: Any, folder: str | Path) -> Path:
+        """Write the decoder's reference model with a linear edit in its weights, as a plain transformers checkpoint.
+
+        Raises: see bake.bake.
+        """
+        from raindecode.policy.alignez.bake import bake
+
+        return bake(self, decoder.engine.runner.model, folder, decoder.codec.tokenizer)
+
     @property
     def sites(self) -> tuple[Site, ...]:
         """Places that are edited."""
