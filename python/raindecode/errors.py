@@ -6,7 +6,9 @@ __all__ = [
     "AdapterError",
     "CapacityError",
     "ConfigError",
+    "EditFileError",
     "EvaluatorError",
+    "FitError",
     "ModelError",
     "NumericError",
     "PromptError",
@@ -43,6 +45,14 @@ class AdapterError(ModelError):
 
 class VocabularyError(ModelError):
     """Two models that decode together do not number the same tokens the same way."""
+
+
+class EditFileError(ModelError):
+    """A file of edit directions cannot be read or written: it is missing, damaged, of another format, or holds what no edit takes."""
+
+
+class FitError(RainDecodeError, ValueError):
+    """Activations do not give the directions asked for: too few pairs, no contrast, shapes that do not match, or NaN."""
 
 
 class NumericError(RainDecodeError, FloatingPointError):
