@@ -217,8 +217,8 @@ class AlignEZ:
 
     @staticmethod
     def generate_pairs(decoder: Any, questions: Sequence[str], **options: Any) -> PairSet:
-        """Have the model say what helpful and harmful answers are like, and give both. Options: see pairs.generate_pairs."""
-        from raindecode.policy.alignez.pairs import generate_pairs
+        """Have the model say what helpful and harmful answers are like, and give both. Options: see generate.generate_pairs."""
+        from raindecode.policy.alignez.generate import generate_pairs
 
         return generate_pairs(decoder, questions, **options)
 

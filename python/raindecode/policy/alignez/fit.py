@@ -16,7 +16,7 @@ from raindecode.hidden_edits import TAPS, ModelIdentity, Op, Site, Stage, Tap
 from raindecode.policy.alignez.ccs import PUBLISHED, ccs
 from raindecode.policy.alignez.diagnostics import Diagnostics, choose_layers, diagnose
 from raindecode.policy.alignez.directions import mean_difference, svd_diff, svd_group
-from raindecode.policy.alignez.edits import MAX_DIRECTIONS, AlignEZ, Examples, Positions
+from raindecode.policy.alignez.edits import MAX_DIRECTIONS, AlignEZ, Examples, Group, Positions
 from raindecode.policy.alignez.logistic import logistic
 from raindecode.policy.alignez.pairs import Pair
 from raindecode.policy.policy import Policy
@@ -50,7 +50,7 @@ class FitSettings:
         pool: (open) the state of an answer: that of its "last" token, the "mean" over it, or that of the last token of its
             "prompt", which only differs between the sides in the "elicited" context.
         context: (open) what stands before an answer: the "question" alone, or the text it was "elicited" by.
-        layers: given ones; or how many, those of the least CCS loss; None for all.
+        layers: given ones; or how many, those of the least CCS loss, "half" of them all; None for all.
         alpha: strength of every operation; of "mean-diff" and "logistic" a share of the mean difference.
         rank: of "svd-diff", at most so many directions; None for all.
         neighbours: of "svd-knn".
@@ -61,7 +61,7 @@ class FitSettings:
     tap: Tap = "mlp_out"
     pool: FitPool = "last"
     context: Context = "question"
-    layers: int | tuple[int, ...] | None = None
+    layers: int | Literal["half"] | tuple[int, ...] | None = None
     alpha: float = 1.0
     rank: int | None = None
     neighbours: int = 16
@@ -82,7 +82,7 @@ class FitSettings:
             )
         if is_whole(self.layers):
             require_whole("layers", self.layers, 1)
-        elif self.layers is not None:
+        elif self.layers is not None and self.layers != "half":
             object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
         require_finite("alpha", self.alpha)
         require_whole("neighbours", self.neighbours, 1)
@@ -107,9 +107,10 @@ def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progre
     identity = decoder.identities[0]
     layers = _given_layers(settings, identity.num_layers)
     helpful, harmful = collect_sides(decoder, pairs, settings, layers, settings.tap, progress)
-    if is_whole(settings.layers):
+    count = max(1, len(layers) // 2) if settings.layers == "half" else settings.layers
+    if isinstance(count, int):
         loss = ccs(helpful, harmful, seed=settings.seed, **PUBLISHED).loss
-        kept = choose_layers(loss, min(settings.layers, len(layers)))  # type: ignore[type-var]
+        kept = list(choose_layers(loss, min(count, len(layers))))
         helpful, harmful, layers = helpful[kept], harmful[kept], [layers[i] for i in kept]
     common: dict[str, Any] = {
         "positions": settings.positions,
@@ -123,6 +124,7 @@ def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progre
         examples = {
             Site(layer, settings.tap): Examples(queries[i], helpful[i], harmful[i]) for i, layer in enumerate(layers)
         }
+        recipe: tuple[tuple[Group, str, float], ...]
         recipe = (("harmful", "project", settings.alpha), ("helpful", "boost", settings.alpha))
         return AlignEZ(
             select="knn", neighbours=min(settings.neighbours, len(pairs)), examples=examples, recipe=recipe, **common
@@ -150,7 +152,7 @@ def collect_sides(
                     "AlignEZ.generate_pairs, or context='question'"
                 )
             stem = prompt if settings.context == "elicited" else pair.prompt
-            passages.append((stem, "" if settings.pool == "prompt" else answer))
+            passages.append((stem or "", "" if settings.pool == "prompt" else answer))
     options: dict[str, Any] = (
         {"policy": Policy(prompt=ChatFormat("{prompt}"))} if settings.context == "elicited" else {}
     )
@@ -169,12 +171,14 @@ def diagnose_pairs(
 ) -> Diagnostics:
     """What every layer at every tap says of the pairs, before anything is edited."""
     layers = list(range(decoder.identities[0].num_layers))
-    sides = {tap: collect_sides(decoder, pairs, settings, layers, tap, progress) for tap in taps}
+    sides: dict[str, tuple[Tensor, Tensor]] = {
+        tap: collect_sides(decoder, pairs, settings, layers, tap, progress) for tap in taps
+    }
     return diagnose(sides, layers, seed=settings.seed)
 
 
 def _given_layers(settings: FitSettings, num_layers: int) -> list[int]:
-    if settings.layers is None or is_whole(settings.layers):
+    if settings.layers is None or settings.layers == "half" or is_whole(settings.layers):
         return list(range(num_layers))
     chosen = list(settings.layers)  # type: ignore[arg-type]
     if not chosen or any(not is_whole(layer) or not 0 <= layer < num_layers for layer in chosen):

@@ -11,9 +11,9 @@ from raindecode.policy.alignez.fit import FitSettings
 _EVERY_STEP: Final = Positions("last")
 
 PRESETS: Final[dict[str, FitSettings]] = {
-    "svd": FitSettings("svd", pool="prompt", context="elicited", positions=_EVERY_STEP),
-    "ccs": FitSettings("ccs", pool="prompt", context="elicited", positions=_EVERY_STEP),
-    "svd-knn": FitSettings("svd-knn", pool="prompt", context="elicited", positions=_EVERY_STEP),
+    "svd": FitSettings("svd", pool="prompt", context="elicited", layers="half", positions=_EVERY_STEP),
+    "ccs": FitSettings("ccs", pool="prompt", context="elicited", layers="half", positions=_EVERY_STEP),
+    "svd-knn": FitSettings("svd-knn", pool="prompt", context="elicited", layers="half", positions=_EVERY_STEP),
     "svd-diff": FitSettings("svd-diff", pool="last", positions=_EVERY_STEP),
     "mean-diff": FitSettings("mean-diff", tap="block_out", pool="last", positions=Positions("all")),
     "logistic": FitSettings("logistic", tap="block_out", pool="last", positions=Positions("all")),
