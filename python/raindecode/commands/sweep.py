@@ -20,13 +20,13 @@ from raindecode.commands.output import open_for_writing
 from raindecode.commands.prompts import collect_prompts
 from raindecode.errors import ConfigError
 from raindecode.evaluation import MAX_NEW_TOKENS, Rate, town_rates, town_request, town_requests, town_scores
+from raindecode.figures import check_plot
 from raindecode.policy.dera import DeRa
 from raindecode.search.evaluator import ClassifierEvaluator
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 from raindecode.settings import require_finite, require_whole
 from raindecode.sweep import Mean, Sweep, SweepPoint, SweepResult
-from raindecode.sweep_figure import check_plot
 
 _SAMPLING, _TASK, _RUN, _OUT = "Sampling", "Task", "Running", "Output"
 _WIDTH = 120  # of the table where the output is no terminal
