@@ -103,3 +103,15 @@ def test_an_edit_of_the_aligned_model_by_the_prompt(tmp_path: Path) -> None:
     static = AlignEZ(stages=tuple(chosen), positions=EVERYWHERE, on="aligned")
     ours, theirs = answers(decoder, [Policy(dera=DeRa(WEIGHT), edits=e) for e in (edit, static)], [PROMPTS[0]] * 2)
     assert ours.logprobs == theirs.logprobs
+
+
+def test_a_sweep_edits_under_every_weight(both: Any) -> None:
+    decoder = both[0]
+    edit = edit_of(decoder)
+    points = decoder.sweep(PROMPTS[:2], [0.0, WEIGHT], policy=Policy(edits=edit), max_new_tokens=5, seed=4).points
+    for point, weight in zip(points, (0.0, WEIGHT), strict=True):
+        policy = Policy(dera=DeRa(weight, stats=True), edits=edit)
+        alone = decoder.generate(PROMPTS[:2], policy=policy, max_new_tokens=5, seed=[4, 5])
+        assert [a.token_ids for a in point.answers] == [a.token_ids for a in alone]
+        plain = decoder.generate(PROMPTS[:2], policy=Policy(dera=DeRa(weight)), max_new_tokens=5, seed=[4, 5])
+        assert [a.token_ids for a in alone] != [a.token_ids for a in plain]
