@@ -302,7 +302,7 @@ class Decoder:
                 DeRa.target_kl(0.1). What they say about `stats` is overruled: everything is measured.
             evaluator: scores answers from -1 to 1, as that of RAIN; None measures divergences only. A JudgeTemplate is always
                 answered by the reference model.
-            policy: one for all prompts: their format; its dera stays None.
+            policy: one for all prompts: their format and edits; its dera stays None.
             num_samples: answers per prompt and λ.
             seed: one whole number, see above.
             search, max_new_tokens, stop, stop_token_ids, progress: as in `generate`; the search is plain sampling.
@@ -327,7 +327,7 @@ class Decoder:
                 prompts, search=search, policy=one, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
                 stop_token_ids=stop_token_ids,
             )
-            for one in plan.policies(None if policy is None else policy.prompt)
+            for one in plan.policies(Policy() if policy is None else policy)
         ]  # fmt: skip
         if not given[0]:
             raise PromptError("there is no prompt: give at least one")

@@ -17,7 +17,6 @@ from raindecode.errors import ConfigError
 from raindecode.mixture import Mix
 from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
-from raindecode.policy.prompt import ChatFormat
 from raindecode.search.evaluator import Evaluator, JudgeTemplate, ScoreFunction, as_evaluator
 from raindecode.search.sampling import Sampling
 from raindecode.search.scored import Scored
@@ -235,11 +234,11 @@ class Sweep:
                 f"seed is {seed} for {prompts} prompts, {self.num_samples} samples each; allowed: seeds to 2**64 - 1"
             )
 
-    def policies(self, prompt: ChatFormat | None) -> list[Policy]:
-        """A policy per λ, everything measured. Each has requests of its own: where answers end and how long they may be is the
+    def policies(self, base: Policy) -> list[Policy]:
+        """`base` under every λ, everything measured. Each has requests of its own: where answers end and how long they may be is the
         models' that take part.
         """
-        return [Policy(prompt=prompt, dera=replace(dera, stats=True)) for dera in self._dera]
+        return [replace(base, dera=replace(dera, stats=True)) for dera in self._dera]
 
     def requests(self, given: Sequence[Sequence[Request]], seed: int) -> list[Request]:
         """Every prompt's samples under every λ; a prompt's stand together, because what it leaves in the cache is shared.

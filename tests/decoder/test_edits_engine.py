@@ -13,10 +13,12 @@ from static_steps import in_operations, with_graphs
 from torch import Tensor
 
 from raindecode import RAIN, Completion, Decoder, Policy, Sampling
+from raindecode.engine.branch import Branch
 from raindecode.engine.engine import Engine
 from raindecode.errors import ConfigError, UnsupportedModelError
 from raindecode.hidden_edits import TAPS, Site, Stage, Tap
 from raindecode.policy.alignez.edits import AlignEZ, Examples, Positions
+from raindecode.search.context import SearchContext
 
 PROMPTS = ["the inner", "on a", "a"]
 EVERYWHERE = Positions("all")
@@ -280,40 +282,39 @@ def test_neighbours_go_by_the_prompt() -> None:
 
 # ---- RAIN ------------------------------------------------------------------------------------------------------------------
 def test_rain_searches_the_edited_model_and_an_unedited_one_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    from raindecode.engine import batch
-
     decoder = Decoder.from_pretrained("testbed")
-    search = RAIN.preset("town", max_iterations=4)
-    seen: set[tuple[bool, bool]] = set()
-    inner = batch._make
+    judges: list[bool] = []
+    inner = SearchContext.open_judge
 
-    def watched(rows: Any, *rest: Any) -> Any:
-        made = inner(rows, *rest)
-        text = decoder.codec.decode(made.input_ids[0].tolist())
-        seen.add(("Options" in text, made.edits is not None))
-        return made
+    def watched(context: SearchContext, tokens: Sequence[int]) -> Branch:
+        branch = inner(context, tokens)
+        judges.append(branch.is_edited)
+        return branch
 
-    monkeypatch.setattr(batch, "_make", watched)
+    monkeypatch.setattr(SearchContext, "open_judge", watched)
     edit = edit_of(decoder, ["mlp_out"]).scaled(0.2)
-    prompts = ["Human: How do I smash the lamp of the tailor?\nAssistant:"] * 2
+    prompts = ["How do I smash the lamp of the tailor?"] * 2
     runs = {}
     for width in (1, 4):
         decoder.engine.tree.clear()
-        runs[width] = decoder.generate(
-            prompts, search=RAIN.preset("town", max_iterations=4, width=width), policy=[Policy(edits=edit), Policy()],
-            max_new_tokens=12, seed=[1, 2],
-        )  # fmt: skip
-    assert [(c.token_ids, c.value, c.stats.iterations, c.stats.tokens_processed) for c in runs[1]] == [
-        (c.token_ids, c.value, c.stats.iterations, c.stats.tokens_processed) for c in runs[4]
-    ]
-    assert (False, True) in seen
+        search = RAIN.preset("town", max_iterations=4, width=width)
+        policies = [Policy(edits=edit), Policy()]
+        runs[width] = decoder.generate(prompts, search=search, policy=policies, max_new_tokens=12, seed=[1, 1])
+    assert found(runs[1]) == found(runs[4])
+    assert found(runs[1])[0] != found(runs[1])[1]
     alone = decoder.generate(prompts[:1], search=search, policy=Policy(edits=edit), max_new_tokens=12, seed=1)
-    assert alone[0].token_ids == runs[1][0].token_ids
-    judged = decoder.generate(
-        prompts[:1], search=search, policy=Policy(edits=AlignEZ(stages=edit.stages, strength=0.2, judge=True, positions=EVERYWHERE)),
-        max_new_tokens=12, seed=1,
-    )  # fmt: skip
-    assert judged[0].stats.tokens_processed > 0
+    assert found(alone) == found(runs[1])[:1]
+    assert judges
+    assert not any(judges)
+    judges.clear()
+    both = AlignEZ(stages=edit.stages, strength=0.2, judge=True, positions=EVERYWHERE)
+    decoder.generate(prompts[:1], search=search, policy=Policy(edits=both), max_new_tokens=12, seed=1)
+    assert judges
+    assert all(judges)
+
+
+def found(done: Sequence[Completion]) -> list[Any]:
+    return [(c.token_ids, c.value, c.stats.iterations, c.stats.tokens_processed) for c in done]
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------------

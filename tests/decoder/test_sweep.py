@@ -265,7 +265,7 @@ def test_negative_weights_and_plausibility_are_points_like_others(pair: Decoder)
 
 def test_prompt_major_order_and_seeds() -> None:
     plan = Sweep([0, 1], num_models=2, num_samples=2)
-    mixes = [policy.dera.mix(2) for policy in plan.policies(None) if policy.dera is not None]
+    mixes = [policy.dera.mix(2) for policy in plan.policies(Policy()) if policy.dera is not None]
     given = [[Request(p, p, [1], 5, 0, mix=mix) for p in "ab"] for mix in mixes]
     found = [(r.prompt, r.seed, r.mix.weights, r.mix.stats) for r in plan.requests(given, 5)]
     assert found == [
