@@ -85,6 +85,8 @@ class FitSettings:
         elif self.layers is not None and self.layers != "half":
             object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
         require_finite("alpha", self.alpha)
+        if self.rank is not None:
+            require_whole("rank", self.rank, 1)
         require_whole("neighbours", self.neighbours, 1)
         require_whole("seed", self.seed, 0)
 
@@ -105,7 +107,7 @@ def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progre
         ConfigError: a setting is outside what is allowed.
     """
     identity = decoder.identities[0]
-    layers = _given_layers(settings, identity.num_layers)
+    layers = given_layers(settings, identity.num_layers)
     helpful, harmful = collect_sides(decoder, pairs, settings, layers, settings.tap, progress)
     count = max(1, len(layers) // 2) if settings.layers == "half" else settings.layers
     if isinstance(count, int):
@@ -143,14 +145,10 @@ def collect_sides(
     """Hidden states of the helpful and of the harmful answers, [len(layers), len(pairs), hidden_size] float32 each."""
     if len(pairs) < 2:
         raise FitError(f"{len(pairs)} pairs were given; give at least two, and more than the directions you ask for")
+    check_context(pairs, settings)
     passages: list[tuple[str, str]] = []
-    for i, pair in enumerate(pairs):
+    for pair in pairs:
         for prompt, answer in ((pair.chosen_prompt, pair.chosen), (pair.rejected_prompt, pair.rejected)):
-            if settings.context == "elicited" and not prompt:
-                raise ConfigError(
-                    f"pair {i} does not say what its answers were elicited by, which context='elicited' needs: use pairs of "
-                    "AlignEZ.generate_pairs, or context='question'"
-                )
             stem = prompt if settings.context == "elicited" else pair.prompt
             passages.append((stem or "", "" if settings.pool == "prompt" else answer))
     options: dict[str, Any] = (
@@ -159,6 +157,18 @@ def collect_sides(
     pool = "last" if settings.pool == "prompt" else settings.pool
     states = decoder.activations(passages, layers=layers, tap=tap, pool=pool, progress=progress, **options)
     return states[:, 0::2], states[:, 1::2]
+
+
+def check_context(pairs: Sequence[Pair], settings: FitSettings) -> None:
+    """Raise ConfigError where pairs do not say what the settings need."""
+    if settings.context != "elicited":
+        return
+    for i, pair in enumerate(pairs):
+        if not pair.chosen_prompt or not pair.rejected_prompt:
+            raise ConfigError(
+                f"pair {i} does not say what its answers were elicited by, which context 'elicited' needs: use pairs that the model "
+                "made (AlignEZ.generate_pairs), or context='question' with pool='last' or 'mean' (--context question --pool last)"
+            )
 
 
 def diagnose_pairs(
@@ -177,7 +187,12 @@ def diagnose_pairs(
     return diagnose(sides, layers, seed=settings.seed)
 
 
-def _given_layers(settings: FitSettings, num_layers: int) -> list[int]:
+def given_layers(settings: FitSettings, num_layers: int) -> list[int]:
+    """Layers that are looked at, of which a count chooses some.
+
+    Raises:
+        ConfigError: a model of so many layers has no such layer.
+    """
     if settings.layers is None or settings.layers == "half" or is_whole(settings.layers):
         return list(range(num_layers))
     chosen = list(settings.layers)  # type: ignore[arg-type]
