@@ -21,7 +21,8 @@ T* at(address where) {
   return reinterpret_cast<T*>(where);
 }
 
-// Addresses of a block's weights in the order of rainkernels/ops/decoder.py, its three eps, scale, softcap, window.
+// Addresses of a block's weights in the order of rainkernels/ops/_decoder_native.py, its three eps, scale, softcap,
+// window.
 DecoderBlock make_block(const std::array<address, 13>& w, const std::array<double, 5>& n, int64_t window) {
   const auto eps = [&](int i) { return static_cast<float>(n[i]); };
   DecoderBlock b{};
@@ -66,6 +67,53 @@ std::vector<StepPart> make_parts(const DecoderStack& stack, const std::vector<St
     parts.push_back({member, rows, at<const int32_t>(layout), at<float>(states)});
   }
   return parts;
+}
+
+// Of a table of edits, in the order of table_arguments of rainkernels/ops/edits.py.
+using TableSpec = std::array<int64_t, 13>;
+
+EditTableView make_table(const TableSpec& spec) {
+  const auto where = [&](int i) { return static_cast<address>(spec[i]); };
+  EditTableView t{};
+  t.directions = at<const void>(where(0));
+  t.slot_step = spec[1];
+  t.dtype = static_cast<Dtype>(spec[2]);
+  t.scale = at<const float>(where(3));
+  t.scale_step = spec[4];
+  t.gram = at<const float>(where(5));
+  t.op = at<const int32_t>(where(6));
+  t.alpha = at<const float>(where(7));
+  t.target = at<const float>(where(8));
+  t.count = at<const int32_t>(where(9));
+  t.norm = at<const int32_t>(where(10));
+  t.num_slots = static_cast<int>(spec[11]);
+  t.max_directions = static_cast<int>(spec[12]);
+  return t;
+}
+
+// Of a place where rows are edited: layer, tap, table, column.
+using SiteSpec = std::tuple<int, int, TableSpec, int>;
+
+void set_edits(DecoderStack& stack, const std::vector<SiteSpec>& specs) {
+  std::vector<EditSite> sites;
+  std::vector<std::array<std::vector<int>, kStackTaps>> sites_at(stack.blocks.size());
+  for (const auto& [layer, tap, table, column] : specs) {
+    if (tap < 0 || tap >= kStackTaps) throw std::invalid_argument("DecoderStack: there is no such tap");
+    sites_at.at(layer)[tap].push_back(static_cast<int>(sites.size()));
+    sites.push_back({layer, static_cast<StackTap>(tap), make_table(table), column});
+  }
+  stack.sites = std::move(sites);
+  stack.sites_at = std::move(sites_at);
+}
+
+// Of rows wanted from one place: layer, tap, address and number of the rows, address of the output.
+using CaptureSpec = std::tuple<int, int, address, int64_t, address>;
+
+std::vector<StepCapture> make_captures(const std::vector<CaptureSpec>& specs) {
+  std::vector<StepCapture> captures;
+  for (const auto& [layer, tap, rows, num_rows, out] : specs)
+    captures.push_back({layer, static_cast<StackTap>(tap), at<const int64_t>(rows), num_rows, at<float>(out)});
+  return captures;
 }
 
 }  // namespace
@@ -113,15 +161,18 @@ void bind_decoder(py::module_& m) {
              }
              stack.pools.at(member) = std::move(pools);
            })
+      .def("set_edits", &set_edits)
       .def("workspace_floats",
            [](const DecoderStack& stack, const std::vector<StepPartSpec>& parts, int wanted, int threads) {
              return decoder_workspace_floats(stack, make_parts(stack, parts), wanted, threads);
            })
-      // The broken rule, 0 for none, and the first row that breaks it.
+      // The broken rule, 0 for none, the first row that breaks it, and of which site or capture.
       .def("step", [](const DecoderStack& stack, address ids, address positions, address slots, int rows,
                       const std::vector<StepPartSpec>& specs, address cos, address sin, int64_t max_positions,
-                      address workspace, address wanted, int num_wanted, address logits, int threads) {
+                      address workspace, address wanted, int num_wanted, address logits, int threads,
+                      address edit_slots, const std::vector<CaptureSpec>& capture_specs) {
         const std::vector<StepPart> parts = make_parts(stack, specs);
+        const std::vector<StepCapture> captures = make_captures(capture_specs);
         const DecoderStep step{at<const int64_t>(ids),
                                at<const int64_t>(positions),
                                at<const int32_t>(slots),
@@ -135,12 +186,15 @@ void bind_decoder(py::module_& m) {
                                at<const int64_t>(wanted),
                                num_wanted,
                                at<float>(logits),
-                               threads};
+                               threads,
+                               at<const int32_t>(edit_slots),
+                               captures.data(),
+                               static_cast<int>(captures.size())};
         StepFault fault{};
         {
           const py::gil_scoped_release release;
           fault = decoder_step(stack, step);
         }
-        return py::make_tuple(static_cast<int>(fault.rule), fault.index);
+        return py::make_tuple(static_cast<int>(fault.rule), fault.index, fault.which);
       });
 }

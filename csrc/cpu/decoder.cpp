@@ -11,7 +11,7 @@
 #include <cstring>
 
 #include "cpu/attention.h"
-#include "cpu/edits.h"
+#include "cpu/decoder_edits.h"
 #include "cpu/isa.h"
 
 namespace rainkernels {
@@ -185,33 +185,14 @@ StepFault check(const DecoderStack& stack, const DecoderStep& step) {
   for (int i = 0; i < step.num_parts; ++i) {
     const int64_t num_slots = stack.pools[step.parts[i].member].num_slots;
     for (const int end = r + step.parts[i].rows; r < end; ++r) {
-      if (step.ids[r] < 0 || step.ids[r] >= stack.shape.vocab) return {StepRule::id, r};
-      if (step.positions[r] < 0 || step.positions[r] >= step.max_positions) return {StepRule::position, r};
-      if (step.slots[r] < 0 || step.slots[r] >= num_slots) return {StepRule::slot, r};
+      if (step.ids[r] < 0 || step.ids[r] >= stack.shape.vocab) return {StepRule::id, r, 0};
+      if (step.positions[r] < 0 || step.positions[r] >= step.max_positions) return {StepRule::position, r, 0};
+      if (step.slots[r] < 0 || step.slots[r] >= num_slots) return {StepRule::slot, r, 0};
     }
   }
   for (int i = 0; i < step.num_wanted; ++i)
-    if (step.wanted[i] < 0 || step.wanted[i] >= step.rows) return {StepRule::wanted, i};
-  return {StepRule::ok, 0};
-}
-
-// residual += x; normed = its norm
-void add_norm(const Room& room, const RmsNorm& norm, int64_t rows, int hidden, int threads) {
-  EditParams p{};
-  p.x = room.x;
-  p.residual = room.residual;
-  p.out = room.normed;
-  p.x_stride = p.residual_stride = p.out_stride = hidden;
-  p.weight = norm.weight;
-  p.weight_dtype = p.dtype = Dtype::f32;
-  p.rows = rows;
-  p.hidden = hidden;
-  p.fused = true;
-  p.eps = norm.eps;
-  p.tap = EditTap::mlp_out;
-  p.cast = NormCast::llama;
-  p.num_threads = threads;
-  edits(p);
+    if (step.wanted[i] < 0 || step.wanted[i] >= step.rows) return {StepRule::wanted, i, 0};
+  return check_edits(stack, step);
 }
 
 void attend(Pass& pass, size_t index) {
@@ -339,22 +320,25 @@ StepFault decoder_step(const DecoderStack& stack, const DecoderStep& step) {
   const Room& room = pass.room;
   const int64_t rows = step.rows, hidden = s.hidden, heads = int64_t{s.num_qo_heads} * s.head_dim;
   const int64_t width = heads + 2 * int64_t{s.num_kv_heads} * s.head_dim, row_bytes = sizeof(float) * hidden;
+  const NormRows stream{room.x, room.residual, room.normed, rows, s.hidden, step.num_threads};
   for (int64_t r = 0; r < rows; ++r)
     std::memcpy(room.x + r * hidden, stack.embedding + step.ids[r] * hidden, row_bytes);
   std::memset(room.residual, 0, rows * row_bytes);
+  add_norm(stream, stack.blocks[0].attention_norm);
   for (size_t i = 0; i < stack.blocks.size(); ++i) {
     const DecoderBlock& block = stack.blocks[i];
-    add_norm(room, block.attention_norm, rows, s.hidden, step.num_threads);
     run_linear(pass, i, &DecoderBlock::qkv, &BlockUpdate::qkv, room.normed, hidden, room.qkv, width);
     attend(pass, i);
     run_linear(pass, i, &DecoderBlock::out, &BlockUpdate::out, room.mixed, heads, room.x, hidden);
-    add_norm(room, block.mlp_norm, rows, s.hidden, step.num_threads);
+    add_norm_at(stack, step, static_cast<int>(i), StackTap::attn_out, stream, block.mlp_norm);
     run_linear(pass, i, &DecoderBlock::gate_up, &BlockUpdate::gate_up, room.normed, hidden, room.gate_up,
                2 * int64_t{s.intermediate});
     gate(s, step, room);
     run_linear(pass, i, &DecoderBlock::down, &BlockUpdate::down, room.gated, s.intermediate, room.x, hidden);
+    const bool last = i + 1 == stack.blocks.size();
+    add_norm_at(stack, step, static_cast<int>(i), StackTap::mlp_out, stream,
+                last ? stack.norm : stack.blocks[i + 1].attention_norm);
   }
-  add_norm(room, stack.norm, rows, s.hidden, step.num_threads);
   for (int64_t i = 0, r = 0; i < step.num_parts; ++i)
     for (const int64_t end = r + step.parts[i].rows; r < end; ++r)
       if (step.parts[i].states != nullptr)

@@ -1,6 +1,7 @@
 // What the driver of the decoder family and its per-ISA kernels share on the CPU.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -35,13 +36,16 @@ struct DecoderStack {
   Linear head;
   std::vector<Adapter> adapters;
   std::vector<MemberPools> pools;  // of the members: one more than adapters
+  std::vector<EditSite> sites;
+  std::vector<std::array<std::vector<int>, kStackTaps>> sites_at;  // [blocks] indices of the sites of each place
 };
 
-enum class StepRule : int { ok = 0, id, position, slot, wanted };
+enum class StepRule : int { ok = 0, id, position, slot, wanted, edit_slot, capture_row };
 
 struct StepFault {
   StepRule rule;
   int64_t index;
+  int64_t which;  // the site or the capture; else 0
 };
 
 // to [rows, out] = from [rows, in] weight^T + bias

@@ -5,30 +5,35 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raindecode import testbed
+from raindecode.activations import POOLS, PassageMaker, Pool, collect, sites_of
 from raindecode.engine.adapter import load_adapter
 from raindecode.engine.branch import Ledger
 from raindecode.engine.engine import Engine, Task
 from raindecode.engine.exact import ExactMode
 from raindecode.engine.loader import build_engine, load_pretrained
-from raindecode.engine.model_facts import context_length_of, device_of, eos_ids_of, name_of, vocabulary_of
+from raindecode.engine.model_facts import context_length_of, device_of, eos_ids_of, identity_of, name_of, vocabulary_of
 from raindecode.engine.vocabulary import check_same_tokenizer, shared_vocab_size, token_count
 from raindecode.errors import ConfigError, ModelError, PromptError
+from raindecode.hidden_edits import ModelIdentity, Tap
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
 from raindecode.progress import ProgressDisplay
 from raindecode.requests import Prompt, RequestMaker
 from raindecode.search.context import SearchContext
+from raindecode.search.edited import search_edited
 from raindecode.search.evaluator import Evaluator, JudgeTemplate, ScoreFunction
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 from raindecode.search.scored import Scored
-from raindecode.settings import as_strings, require_whole
+from raindecode.settings import as_strings, is_whole, require_whole
 from raindecode.sweep import Lambda, Sweep, SweepResult
 from raindecode.text import Codec
 from raindecode.types import Completion, Request
@@ -182,6 +187,12 @@ class Decoder:
         """The reference and its aligned models."""
         return len(self.engine.models)
 
+    @cached_property
+    def identities(self) -> list[ModelIdentity]:
+        """What every model is recognised by, the reference first; models that are adapters on it are known as it is."""
+        known = {id(runner): identity_of(runner.model) for runner in self.engine.runners}
+        return [known[id(runner)] for runner, _ in self.engine.models]
+
     @property
     def dtype(self) -> str:
         """Number type of the weights, such as "float32"."""
@@ -257,7 +268,9 @@ class Decoder:
     ) -> list[Request]:
         """Check prompts and settings and make requests of them. Raises as `generate`."""
         contexts = [context_length_of(runner.model) for runner, _ in self.engine.models]
-        maker = RequestMaker(self.codec, self.name, self.format, contexts, self._ends, self._vocabulary)
+        maker = RequestMaker(
+            self.codec, self.name, self.format, contexts, self._ends, self._vocabulary, lambda: self.identities
+        )
         return maker.make(
             prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
             stop_token_ids=stop_token_ids,
@@ -330,6 +343,48 @@ class Decoder:
             raise result.errors[0]
         return result
 
+    def activations(
+        self,
+        passages: Sequence[tuple[str, str]],
+        *,
+        layers: Sequence[int] | None = None,
+        tap: Tap = "mlp_out",
+        pool: Pool = "last",
+        model: int = 0,
+        policy: Policy | None = None,
+        progress: bool | None = None,
+    ) -> Tensor:
+        """Hidden states of texts, to fit edits on.
+
+        Args:
+            passages: pairs of a prompt and an answer to it; an empty answer stands for the prompt alone.
+            layers: counted from 0; None for all.
+            tap: "attn_out", "mlp_out" (output of the layer's attention or feed-forward part, before it is added to the
+                residual stream) or "block_out" (the stream behind the layer).
+            pool: "last", the last token's state, or "mean", over the answer's tokens (of an empty answer the prompt's).
+            model: 0 for the reference, i for the i-th aligned model. Nothing is edited.
+            policy: its prompt says how prompts are written; None takes the decoder's format.
+            progress: as in `generate`.
+        Returns:
+            [len(layers), len(passages), hidden_size] float32 on the cpu.
+
+        Raises:
+            PromptError: a passage is empty or too long.
+            ConfigError: a setting is outside what is allowed.
+            UnsupportedModelError: the architecture has no such place.
+        """
+        if pool not in POOLS:
+            raise ConfigError(f"pool is {pool!r}; allowed: {', '.join(POOLS)}")
+        if not is_whole(model) or not 0 <= model < self.num_models:
+            raise ConfigError(f"model is {model!r}; allowed: 0 to {self.num_models - 1}")
+        if policy is not None and (policy.dera is not None or policy.edits):
+            raise ConfigError("the policy of activations holds dera or edits; give its prompt only")
+        runner = self.engine.models[model][0]
+        format = self.format if policy is None or policy.prompt is None else policy.prompt
+        made = PassageMaker(self.codec, format, context_length_of(runner.model)).make(passages, pool)
+        sites = sites_of(tap, layers, self.identities[model].num_layers)
+        return collect(self.engine, made, sites, model, progress)
+
     def stream(
         self,
         requests: Sequence[Request],
@@ -378,7 +433,7 @@ class Decoder:
             on_text=None if on_text is None else lambda piece: on_text(index, piece),
             on_progress=on_progress,
         )
-        return Task(search.search(context), ledger, tag=index)
+        return Task(search_edited(context, search), ledger, tag=index)
 
     @property
     def _vocabulary(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, cast
 
 from raindecode.errors import ConfigError, PromptError
+from raindecode.hidden_edits import EditPlan, ModelIdentity
 from raindecode.mixture import Mix
+from raindecode.policy.alignez.schedule import Edits, check_fits
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
 from raindecode.search.rain import RAIN
@@ -30,6 +32,7 @@ class RequestMaker:
         contexts: tokens of prompt and answer together, of every model.
         ends: end-of-text ids of every model.
         vocabulary: ids that every model has.
+        identities: of every model, asked for where hidden states are edited only.
     """
 
     codec: Codec
@@ -38,6 +41,7 @@ class RequestMaker:
     contexts: Sequence[int]
     ends: Sequence[frozenset[int]]
     vocabulary: int
+    identities: Callable[[], Sequence[ModelIdentity]]
 
     def make(
         self, prompts: Prompt | Sequence[Prompt], *, search: Sampling | RAIN | None, policy: Policy | Sequence[Policy] | None,
@@ -76,7 +80,7 @@ class RequestMaker:
         return [
             self._request(
                 prompt, i, self._format(search, policies[i]), max_new_tokens, seeds[i], stops, frozenset(stop_ids),
-                self._mix(search, policies[i]),
+                self._mix(search, policies[i]), self._edits(policies[i]),
             )
             for i, prompt in enumerate(every)
         ]  # fmt: skip
@@ -92,6 +96,15 @@ class RequestMaker:
         mix = policy.dera.mix(len(self.contexts))
         return replace(mix, stats=False) if isinstance(search, RAIN) else mix  # RAIN's answers are not measured
 
+    def _edits(self, policy: Policy) -> EditPlan | None:
+        edits = policy.edits
+        assert isinstance(edits, tuple)
+        if not edits:
+            return None
+        for edit in edits:
+            check_fits(edit, self.identities())
+        return Edits(edits, len(self.contexts))
+
     def _format(self, search: Sampling | RAIN | None, policy: object) -> ChatFormat | None:
         if not isinstance(policy, Policy):
             raise ConfigError(f"policy is a {type(policy).__name__}; give a Policy, or one per prompt")
@@ -103,7 +116,7 @@ class RequestMaker:
 
     def _request(
         self, prompt: Prompt, index: int, format: ChatFormat | None, max_new_tokens: int, seed: int,
-        stops: tuple[str, ...], stop_ids: frozenset[int], mix: Mix,
+        stops: tuple[str, ...], stop_ids: frozenset[int], mix: Mix, edits: EditPlan | None,
     ) -> Request:  # fmt: skip
         where = f"prompt {index}"
         if isinstance(prompt, str):
@@ -136,7 +149,7 @@ class RequestMaker:
             raise ConfigError(f"seed is {seed!r}; allowed: a whole number from 0 to 2**64 - 1")
         stops += () if format is None else format.stop
         ends = None if len(set(self.ends)) == 1 else frozenset().union(*(self.ends[model] for model in mix.speakers))
-        return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids, mix, ends)
+        return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids, mix, ends, edits)
 
 
 def _token_ids(prompt: object, where: str) -> list[int]:

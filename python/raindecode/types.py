@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from raindecode.hidden_edits import EditPlan
 from raindecode.mixture import SINGLE, MeasuredAnswer, Mix
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -86,6 +87,7 @@ class Request:
         eos_token_ids: end-of-text ids of these models; None takes the decoder's.
         seed: names the random numbers; same request and seed, same answer (exact mode).
         stop: strings that end the answer, besides those of the search.
+        edits: of hidden states; None for none.
     """
 
     prompt: str
@@ -97,3 +99,4 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     mix: Mix = SINGLE
     eos_token_ids: frozenset[int] | None = None
+    edits: EditPlan | None = None

@@ -26,24 +26,40 @@ from rainkernels._decoder_weights import (
 from rainkernels._lanes import choose_lane, native
 from rainkernels.errors import DtypeError, RangeError, ShapeError
 from rainkernels.ops._attention_plan import AttentionPlan, layout_of
+from rainkernels.ops._decoder_edits import (
+    Capture,
+    EditSite,
+    Tap,
+    capture_fault,
+    check_captures,
+    check_sites,
+    check_slots,
+    first_fault,
+    row_edits,
+    slot_fault,
+)
+from rainkernels.ops._decoder_native import address, native_captures, native_sites, native_stack
 from rainkernels.ops.attention import tree_attention
 from rainkernels.reference import decoder as reference
 
 __all__ = [
     "BlockUpdate",
     "BlockWeights",
+    "Capture",
     "DecoderStack",
+    "EditSite",
     "LinearWeight",
     "LowRank",
     "NormWeight",
     "StackWeights",
     "StepPart",
+    "Tap",
     "decoder_lane",
     "linear_rows",
 ]
 
 _CPU = torch.device("cpu")
-# Order shared with csrc/cpu/decoder.h (enum StepRule).
+# Order shared with csrc/cpu/decoder.h (enum StepRule), which goes on with edit_slot and capture_row.
 _RULES = (
     "", "ids[{i}] is {value}, allowed: 0 to {vocab} - 1", "positions[{i}] is {value}, allowed: 0 to {positions} - 1",
     "slots[{i}] is {value}, allowed: 0 to {slots} - 1 in the pools of member {member}",
@@ -89,7 +105,7 @@ def linear_rows(x: Tensor, linear: LinearWeight, out: Tensor | None = None) -> T
         with torch.no_grad():
             return out.copy_(torch.nn.functional.linear(x, *linear))
     native().linear_rows(
-        linear.weight.data_ptr(), _address(linear.bias), x.data_ptr(), inputs, out.data_ptr(), outputs, rows,
+        linear.weight.data_ptr(), address(linear.bias), x.data_ptr(), inputs, out.data_ptr(), outputs, rows,
         torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -114,8 +130,9 @@ class DecoderStack:
     """The blocks of one model on the cpu, in float32, and of the same model with low-rank adapters.
 
     A block: x += out(attention(rotary(norm(qkv(norm(x)))))), x += down(silu(gate) * up). An adapter adds low-rank updates
-    to its products. Rows of all members share a step's products, the updates reach the rows of their member only. On the
-    native lane a row's bits do not depend on the other rows, on threads or on the instruction set.
+    to its products. Rows of all members share a step's products, the updates reach the rows of their member only. Edits
+    change rows of any member at the places set by `set_edits`. On the native lane a row's bits do not depend on the other
+    rows, on threads or on the instruction set.
 
     Args:
         weights: read where they lie: what is changed in place is seen at the next step.
@@ -131,11 +148,12 @@ class DecoderStack:
         check_adapters(weights, adapters)
         self.weights = weights
         self._pools: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(len(adapters) + 1)]  # none: not set
+        self._sites: tuple[EditSite, ...] = ()
         self._room = torch.empty(0, dtype=torch.float32)
         self._native: Any = None
         with torch.no_grad():
             if decoder_lane() == "cpu":
-                self._native, self._kept = _native_stack(weights, adapters)
+                self._native, self._kept = native_stack(weights, adapters)
             else:
                 self._adapters = [[_copied(block) for block in blocks] for blocks in adapters]
 
@@ -166,9 +184,24 @@ class DecoderStack:
         """Let go of the pools of all members; steps raise until others are set."""
         self._pools = [[] for _ in self._pools]
 
+    def set_edits(self, sites: Sequence[EditSite]) -> None:
+        """Say where steps edit hidden states, and by which tables; replaces what was set, an empty list removes it.
+
+        Sites of one place run in the order given, each on what those before left. The tables are kept alive and read
+        where they lie: a slot filled or cleared between steps is seen at the next one.
+
+        Raises:
+            DeviceError, DtypeError, ShapeError, RangeError: naming the site; what was set stays.
+        """
+        sites = tuple(sites)
+        check_sites(sites, len(self.weights.blocks), self.weights.embedding.shape[1])
+        if self._native is not None:
+            self._native.set_edits(native_sites(sites))
+        self._sites = sites
+
     def step(
         self, ids: Tensor, positions: Tensor, slots: Tensor, parts: Sequence[StepPart], cos: Tensor, sin: Tensor,
-        wanted: Tensor,
+        wanted: Tensor, edit_slots: Tensor | None = None, captures: Sequence[Capture] = (),
     ) -> Tensor:  # fmt: skip
         """Run rows of tokens through the blocks.
 
@@ -178,27 +211,40 @@ class DecoderStack:
                       of all rows are written before any row attends.
             cos, sin: [num_positions, head_dim] float32, the first half of every row of `sin` negative
             wanted:   [n] int64, rows (of all T) whose logits are wanted
+            edit_slots: [num_columns, T] int32, for every column of the sites each row's slot in the site's table, 0 for no
+                      edit; None: no row is edited
+            captures: hidden states to copy out
         Returns:
             logits [n, vocab] float32
+        Edge cases:
+            A row whose slots edit nothing keeps the bits of a step without edits, whatever rows are beside it; so does a
+            row captured. What a row attends to may be edited all the same.
         Raises:
             DeviceError, DtypeError, ShapeError, StrideError, RangeError: naming the argument; nothing was written.
         """
         w = self.weights
         rows, threads = self._check_step(ids, positions, slots, parts, cos, sin, wanted), torch.get_num_threads()
+        self._check_edits(edit_slots, captures, parts, (ids, positions, slots, cos, sin, wanted))
         if self._native is None:
-            return self._reference(ids, positions, slots, parts, cos, sin, wanted)
+            return self._reference(ids, positions, slots, parts, cos, sin, wanted, edit_slots, captures)
         logits = torch.empty(len(wanted), w.head.weight.shape[0], dtype=torch.float32)
         group = w.num_qo_heads // w.num_kv_heads
         layouts = [layout_of(part.plan, group) for part in parts]
         made = [
-            (part.member, part.rows, layout.data_ptr(), _address(part.states))
+            (part.member, part.rows, layout.data_ptr(), address(part.states))
             for part, layout in zip(parts, layouts, strict=True)
         ]
         self._room = _at_least(self._room, self._native.workspace_floats(made, len(wanted), threads))
-        rule, index = self._native.step(
+        rule, index, which = self._native.step(
             ids.data_ptr(), positions.data_ptr(), slots.data_ptr(), rows, made, cos.data_ptr(), sin.data_ptr(), cos.shape[0],
             self._room.data_ptr(), wanted.data_ptr(), len(wanted), logits.data_ptr(), threads,
+            address(edit_slots), native_captures(captures),
         )  # fmt: skip
+        if rule == len(_RULES):
+            assert edit_slots is not None
+            raise slot_fault(self._sites, edit_slots, which, index)
+        if rule > len(_RULES):
+            raise capture_fault(captures, rows, which, index)
         if rule:
             raise self._fault(rule, index, (ids, positions, slots, wanted), parts, len(cos))
         return logits
@@ -240,6 +286,23 @@ class DecoderStack:
             raise ShapeError(f"the parts have {given} rows, ids has {rows}: each row belongs to one part")
         return rows
 
+    def _check_edits(
+        self,
+        edit_slots: Tensor | None,
+        captures: Sequence[Capture],
+        parts: Sequence[StepPart],
+        inputs: tuple[Tensor, ...],
+    ) -> None:
+        if edit_slots is not None:
+            check_slots(self._sites, edit_slots, len(inputs[0]))
+        if not captures:
+            return
+        names = "ids", "positions", "slots", "cos", "sin", "wanted", "edit_slots"
+        beside = [*zip(names, inputs if edit_slots is None else (*inputs, edit_slots), strict=False)]
+        beside += [(f"parts[{i}].states", part.states) for i, part in enumerate(parts) if part.states is not None]
+        beside += [("pools", pool) for pools in self._pools for pair in pools for pool in pair]
+        check_captures(captures, len(self.weights.blocks), self.weights.embedding.shape[1], beside)
+
     def _check_part(self, name: str, part: StepPart) -> None:
         if not isinstance(part, StepPart):
             raise DtypeError(f"{name} must be a StepPart, got {type(part).__name__}")
@@ -267,7 +330,7 @@ class DecoderStack:
 
     def _reference(
         self, ids: Tensor, positions: Tensor, slots: Tensor, parts: Sequence[StepPart], cos: Tensor, sin: Tensor,
-        wanted: Tensor,
+        wanted: Tensor, edit_slots: Tensor | None, captures: Sequence[Capture],
     ) -> Tensor:  # fmt: skip
         w = self.weights
         arguments = ids, positions, slots, wanted
@@ -281,6 +344,8 @@ class DecoderStack:
         if faults:
             _, index, rule = min(faults)
             raise self._fault(rule, index, arguments, parts, len(cos))
+        if (fault := first_fault(self._sites, edit_slots, captures, len(ids))) is not None:
+            raise fault
         ends = list(accumulate(part.rows for part in parts))
         members = [
             reference.PartRows(
@@ -290,7 +355,8 @@ class DecoderStack:
             for part, end in zip(parts, ends, strict=True)
         ]  # fmt: skip
         with torch.no_grad():
-            final, logits = reference.step(w, ids, positions, slots, members, cos, sin, wanted)
+            edits = row_edits(self._sites, edit_slots)
+            final, logits = reference.step(w, ids, positions, slots, members, cos, sin, wanted, edits, captures)
             for part, member in zip(parts, members, strict=True):
                 if part.states is not None:
                     part.states[slots[member.rows].long()] = final[member.rows]
@@ -314,45 +380,3 @@ def _at_least(room: Tensor, floats: int) -> Tensor:
 def _copied(update: BlockUpdate) -> BlockUpdate:
     parts = (getattr(update, name) for name in UPDATED)
     return BlockUpdate(*(tuple(p._replace(down=p.down.clone(), up=p.up.clone()) for p in each) for each in parts))
-
-
-def _native_stack(w: StackWeights, adapters: Sequence[Sequence[BlockUpdate]]) -> tuple[Any, list[Tensor]]:
-    """The native stack, and the tensors that were made for it."""
-    intermediate = w.blocks[0].down.weight.shape[1]
-    vocab, hidden = w.embedding.shape
-    shape = [hidden, intermediate, w.num_qo_heads, w.num_kv_heads, w.head_dim, vocab]
-    stack = native().DecoderStack(
-        shape, w.embedding.data_ptr(), w.norm.weight.data_ptr(), w.norm.eps, w.head.weight.data_ptr(),
-        _address(w.head.bias),
-    )  # fmt: skip
-    for block in w.blocks:
-        q_norm, k_norm = (None if n is None else n.weight for n in (block.q_norm, block.k_norm))
-        tensors = (
-            block.attention_norm.weight, *block.qkv, q_norm, k_norm, *block.out, block.mlp_norm.weight, *block.gate_up,
-            *block.down, block.sinks,
-        )  # fmt: skip
-        head_eps = 0.0 if block.q_norm is None else block.q_norm.eps
-        numbers = (block.attention_norm.eps, head_eps, block.mlp_norm.eps, block.softmax_scale, block.softcap)
-        stack.add_block([_address(t) for t in tensors], numbers, block.sliding_window)
-    kept: list[Tensor] = []
-    for blocks in adapters:
-        stack.add_adapter([[_native_update(getattr(update, name), kept) for name in UPDATED] for update in blocks])
-    return stack, kept
-
-
-def _native_update(parts: Sequence[LowRank], kept: list[Tensor]) -> tuple[int, list[tuple[int, int, int, int, float]]]:
-    """Address of the joined `down`s; of each part address of `up` [ceil(n / 16), r, 16], first, n, r, scale."""
-    if not parts:
-        return 0, []
-    kept.append(torch.cat([part.down for part in parts]))
-    down, made = kept[-1].data_ptr(), []
-    for part in parts:
-        size, rank = part.up.shape
-        up = torch.nn.functional.pad(part.up, (0, 0, 0, -size % 16)).view(-1, 16, rank).transpose(1, 2)
-        kept.append(up.clone(memory_format=torch.contiguous_format))
-        made.append((kept[-1].data_ptr(), part.first, size, rank, part.scale))
-    return down, made
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()

@@ -70,7 +70,7 @@ def edit_(x: Tensor, table: Table, slots: Tensor) -> Tensor:
     if lane == "cpu":
         bad = native().edits_cpu(
             x.data_ptr(), x.stride(0), 0, 0, 0, 0, 0, 0, slots.data_ptr(), x.shape[0], x.shape[1], DTYPE_CODE[x.dtype],
-            0, 0.0, 0, 0, 0.0, *_table_arguments(table), torch.get_num_threads(),
+            0, 0.0, 0, 0, 0.0, *table_arguments(table), torch.get_num_threads(),
         )  # fmt: skip
         if bad >= 0:
             raise _slot_error(slots, bad, table)
@@ -152,7 +152,7 @@ def add_edit_rmsnorm(
         bad = native().edits_cpu(
             x.data_ptr(), x.stride(0), residual.data_ptr(), residual.stride(0), normed.data_ptr(), normed.stride(0),
             weight.data_ptr(), DTYPE_CODE[weight.dtype], 0 if slots is None else slots.data_ptr(), x.shape[0], x.shape[1],
-            DTYPE_CODE[x.dtype], 1, eps, TAPS.index(tap), CASTS.index(cast), weight_offset, *_table_arguments(table),
+            DTYPE_CODE[x.dtype], 1, eps, TAPS.index(tap), CASTS.index(cast), weight_offset, *table_arguments(table),
             torch.get_num_threads(),
         )  # fmt: skip
         if bad >= 0:
@@ -177,8 +177,8 @@ def add_edit_rmsnorm(
     return NormedResidual(normed, residual)
 
 
-def _table_arguments(table: Table | None) -> tuple[int, ...]:
-    """What the native lane takes of a table: addresses, the step from slot to slot, sizes, dtype."""
+def table_arguments(table: Table | None) -> tuple[int, ...]:
+    """What the native lanes take of a table: addresses, the step from slot to slot, sizes, dtype."""
     if table is None:
         return _NO_TABLE
     if isinstance(table, EditTable):

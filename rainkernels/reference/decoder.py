@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from rainkernels._decoder_weights import BlockUpdate, BlockWeights, LinearWeight, LowRank, NormWeight, StackWeights
+from rainkernels.reference.edits import edit
 
-__all__ = ["PartRows", "step"]
+__all__ = ["PartRows", "RowEdits", "step"]
 
 # (query, k_pool, v_pool, block) -> [T, num_qo_heads, head_dim]: attention of a layer over the plan
 Attend = Callable[[Tensor, Tensor, Tensor, BlockWeights], Tensor]
@@ -26,11 +27,33 @@ class PartRows(NamedTuple):
     attend: Attend
 
 
+class RowEdits(NamedTuple):
+    """Edits at one place: each row's slot, and the table as keyword arguments of `rainkernels.reference.edits.edit`."""
+
+    layer: int
+    tap: str
+    slots: Tensor
+    table: dict[str, Tensor | None]
+
+
 def step(
     stack: StackWeights, ids: Tensor, positions: Tensor, slots: Tensor, parts: Sequence[PartRows], cos: Tensor, sin: Tensor,
-    wanted: Tensor,
+    wanted: Tensor, edits: Sequence[RowEdits] = (), captures: Sequence[tuple[int, str, Tensor, Tensor]] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Final states [T, hidden] and logits [n, vocab]. Shapes and dtypes as in `rainkernels.ops.decoder.DecoderStack.step`."""
+    """Final states [T, hidden] and logits [n, vocab]. Shapes and dtypes as in `rainkernels.ops.decoder.DecoderStack.step`.
+
+    captures: layer, tap, rows, and where they go
+    """
+
+    def edited(x: Tensor, index: int, tap: str) -> Tensor:
+        here = (index, tap)
+        for layer, at, rows, out in captures:
+            if (layer, at) == here:
+                out.copy_(x[rows])
+        for layer, at, of_rows, table in edits:
+            if (layer, at) == here:
+                x = edit(x, of_rows, **table)  # type: ignore[arg-type]
+        return x
 
     def product(x: Tensor, index: int, name: str) -> Tensor:
         weights: LinearWeight = getattr(stack.blocks[index], name)
@@ -54,9 +77,9 @@ def step(
         mixed = torch.empty_like(q)
         for part in parts:
             mixed[part.rows] = part.attend(q[part.rows], *part.pools[i], block)
-        x = x + product(mixed.flatten(1), i, "out")
+        x = x + edited(product(mixed.flatten(1), i, "out"), i, "attn_out")
         gate, up = product(_norm(x, block.mlp_norm), i, "gate_up").chunk(2, dim=-1)
-        x = x + product(silu(gate) * up, i, "down")
+        x = edited(x + edited(product(silu(gate) * up, i, "down"), i, "mlp_out"), i, "block_out")
     states = _norm(x, stack.norm)
     return states, linear(states[wanted], *stack.head)
 

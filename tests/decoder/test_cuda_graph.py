@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raindecode import RAIN, doctor
-from raindecode.engine import attention, batch, cuda_graph, fused_model, model_runner
+from raindecode.engine import attention, batch, cuda_graph, fused_edits, fused_model, model_runner
 from raindecode.engine.attention import KVPool, TreeContext
 from raindecode.engine.cuda_graph import BUCKETS, CudaCapture, Run, StepGraphs
 from raindecode.engine.engine import Engine
@@ -157,10 +157,10 @@ def test_a_replay_reads_and_writes_the_same_memory(engine: Engine) -> None:
     assert fused is not None
     inner = fused.final_states
 
-    def watched(ids: Tensor, cos: Tensor, sin: Tensor, context: TreeContext, adapted: Sequence[Any] = ()) -> Tensor:
+    def watched(ids: Tensor, cos: Tensor, sin: Tensor, context: TreeContext, *rest: Any) -> Tensor:
         pools = [t.data_ptr() for pair in context.pool.layers.values() for t in pair]
         seen.append((len(ids), ids.data_ptr(), *pools, engine.runner.hidden.data_ptr()))  # type: ignore[union-attr]
-        return inner(ids, cos, sin, context, adapted)
+        return inner(ids, cos, sin, context, *rest)
 
     fused.final_states = watched  # type: ignore[method-assign]
     tables = []
@@ -255,7 +255,7 @@ def test_a_replay_that_fails_is_an_error(engine: Engine) -> None:
     def broken() -> Tensor:
         raise RuntimeError("an illegal memory access was encountered")
 
-    graphs._steps[(0,), 4].replay = broken
+    graphs._steps[(0,), 4, False].replay = broken
     with pytest.raises(RuntimeError, match="illegal memory access"):
         logits_after(engine, [random_tokens(4, 2)])
 
@@ -306,12 +306,12 @@ def test_nothing_in_a_captured_step_reads_back() -> None:
     """By the source, since a CPU waits for nothing: no call that makes the host wait for a device."""
     captured = [
         fused_model.FusedModel.final_states, fused_model.FusedModel.logits, fused_model.FusedModel._attend,
-        fused_model._add_norm, fused_model._head_norm, attention.attend, attention._attend_part, FusedAdapter.add_,
-        cuda_graph._Step.run, cuda_graph._Step.load,
+        fused_edits.add_norm, fused_edits.Joining, fused_edits._fused, fused_model._head_norm, attention.attend,
+        attention._attend_part, FusedAdapter.add_, cuda_graph._Step.run, cuda_graph._Step.load,
     ]  # fmt: skip
     for function in captured:
         found = re.findall(_WAITS, inspect.getsource(function))
-        assert not found, f"{function.__qualname__} has {found}"
+        assert not found, f"{function} has {found}"
     assert re.findall(_WAITS, inspect.getsource(batch.stage_all)) == ["torch.tensor("]  # of a list, on the host
 
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "rainkernels/common.h"
+#include "rainkernels/edits.h"
 
 namespace rainkernels {
 
@@ -44,6 +44,28 @@ struct StepPart {
   float* states;          // [num_slots of the member, hidden]: final states go to the rows' slots; null: not
 };
 
+// Places of a block: what `out` and `down` gave before it is added to the residual, and the residual after the mlp.
+// Order shared with rainkernels/ops/_decoder_edits.py (TAPS).
+enum class StackTap : int { attn_out = 0, mlp_out, block_out };
+constexpr int kStackTaps = 3;
+
+// Edits of the rows of one place, by the slots in row `column` of a step's edit_slots.
+struct EditSite {
+  int layer;
+  StackTap tap;
+  EditTableView table;
+  int column;
+};
+
+// Rows of one place, as they are before the edits there.
+struct StepCapture {
+  int layer;
+  StackTap tap;
+  const int64_t* rows;  // [num_rows] rows of the step
+  int64_t num_rows;
+  float* out;  // [num_rows, hidden]
+};
+
 // One step. Faults are the first row that breaks a rule.
 struct DecoderStep {
   const int64_t *ids, *positions;  // [rows]
@@ -58,6 +80,9 @@ struct DecoderStep {
   int num_wanted;
   float* logits;  // [num_wanted, vocab]
   int num_threads;
+  const int32_t* edit_slots;    // [columns, rows]; null: nothing is edited
+  const StepCapture* captures;  // [num_captures]
+  int num_captures;
 };
 
 }  // namespace rainkernels

@@ -47,10 +47,10 @@ class Answers:
         if not len(self.kept):
             return {}
         if branch.models == 1:
-            kept = self.kept.get(branch.hash, 0)
+            kept = self.kept.get(branch.name, 0)
             return {} if kept is None else {0: kept}
         models = (model for model in range(branch.models.bit_length()) if branch.models >> model & 1)
-        found = ((model, self.kept.get(branch.hash, model)) for model in models)
+        found = ((model, self.kept.get(branch.name, model)) for model in models)
         return {model: row for model, row in found if row is not None}
 
     def answer(self, wants: Sequence[tuple[Want, Rows]]) -> list[Got | Exception]:
@@ -183,7 +183,7 @@ class Answers:
         if want.keep:
             for model, kept in enumerate(one.rows):
                 if kept is not None:
-                    self.kept.add(want.branch.hash, model, kept)
+                    self.kept.add(want.branch.name, model, kept)
         return got
 
 

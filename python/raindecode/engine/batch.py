@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from raindecode.engine.branch import EDIT_SHIFT
 from raindecode.engine.kv_tree import Node, Row
 from raindecode.engine.slots import TRASH_SLOT
 from rainkernels.ops.attention import AttentionPlan, attention_plan_of
@@ -29,6 +31,7 @@ class TokenBatch:
         plan: what each row attends to.
         row_of_slot: row index by slot.
         max_position: the largest position id.
+        edits: number of each row's edit of hidden states [T]; None where no row has one.
     """
 
     input_ids: Tensor
@@ -37,6 +40,7 @@ class TokenBatch:
     plan: AttentionPlan
     row_of_slot: dict[int, int]
     max_position: int
+    edits: npt.NDArray[np.int64] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -161,6 +165,10 @@ def _make(rows: list[Row], row_segment: list[int], segments: _Segments, pad_rows
     padding = max(pad_rows - len(rows), 0)
     ids = np.zeros((2, len(rows) + padding), dtype=np.int64)
     ids[:, : len(rows)] = [[row.token for row in rows], [row.position for row in rows]]
+    edits = ids[0] >> EDIT_SHIFT
+    edited = bool(edits.any())
+    if edited:
+        ids[0] &= (1 << EDIT_SHIFT) - 1
     both = torch.from_numpy(ids)
     row_of_slot = {slot: i for i, slot in enumerate(slots)}
     if padding:
@@ -181,4 +189,5 @@ def _make(rows: list[Row], row_segment: list[int], segments: _Segments, pad_rows
         plan=plan,
         row_of_slot=row_of_slot,
         max_position=int(ids[1].max(initial=0)),
+        edits=edits if edited else None,
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
+from raindecode.engine.edit_path import EditPath
 from raindecode.engine.kv_tree import Cursor, KVTree, Node
 from raindecode.engine.rng import mix
 from raindecode.mixture import SINGLE, Mix
 
 _SALT = 0x51A7  # names a path run by another model than the first
+EDIT_SHIFT = 32
+"""Keys of the KV tree are token ids; where a row's hidden states are edited, the edit's number stands above this bit."""
+_TOKEN = (1 << EDIT_SHIFT) - 1
 
 
 class Ledger:
@@ -30,6 +34,7 @@ class Ledger:
         self.kv_tokens_peak = 0
         self.seconds: dict[str, float] = {}
         self.branches: set[Branch] = set()
+        self.at_end: list[Callable[[], None]] = []  # called when the request ends
         self._seen: set[int] = set()
 
     @property
@@ -65,6 +70,8 @@ class Ledger:
         for branch in list(self.branches):
             branch.release()
         self._seen.clear()
+        while self.at_end:
+            self.at_end.pop()()
 
 
 class Tab(Ledger):
@@ -105,24 +112,29 @@ class Branch:
     """A token path. Appending is free; tokens run when something downstream is wanted.
 
     Attributes:
-        hash: 128-bit hash of the namespace and every token, pending ones included.
+        hash: 128-bit hash of the namespace and every token, pending ones included. Edits do not enter it, so that draws under
+            an edit use the random numbers they would use without.
         length: number of tokens, pending ones included.
+        pending: keys of the tokens that have not run yet.
         reserve: slots to keep in one run when the branch starts a new one.
         mix: the distribution after it.
         models: bit mask of the models that run its tokens.
+        edits: how the hidden states of its rows are edited; None for not at all.
     """
 
     __slots__ = (
-        "_hashes", "cursor", "hash", "ledger", "length", "mix", "models", "pending", "reserve", "tree",
+        "_hashes", "cursor", "edits", "hash", "ledger", "length", "mix", "models", "pending", "reserve", "tree",
     )  # fmt: skip
 
     def __init__(
-        self, tree: KVTree, ledger: Ledger, cursor: Cursor, path_hash: int, length: int, mixed: Mix, models: int
-    ) -> None:
+        self, tree: KVTree, ledger: Ledger, cursor: Cursor, path_hash: int, length: int, mixed: Mix, models: int,
+        edits: EditPath | None = None,
+    ) -> None:  # fmt: skip
         self.tree = tree
         self.ledger = ledger
         self.mix = mixed
         self.models = models
+        self.edits = edits
         self.cursor: Cursor | None = cursor
         self.hash = path_hash
         self.length = length
@@ -133,20 +145,21 @@ class Branch:
 
     @classmethod
     def open(
-        cls, tree: KVTree, ledger: Ledger, tokens: Sequence[int], namespace: Hashable = None, mixed: Mix = SINGLE
-    ) -> Branch:
+        cls, tree: KVTree, ledger: Ledger, tokens: Sequence[int], namespace: Hashable = None, mixed: Mix = SINGLE,
+        edits: EditPath | None = None,
+    ) -> Branch:  # fmt: skip
         """A new branch of `tokens` in `namespace`. Cached prefixes are found when it first runs."""
         seed = 0
         for byte in repr(namespace).encode():  # not hash(): that changes from process to process
             seed = mix(seed, byte)
-        branch = cls(tree, ledger, tree.root(namespace), seed, 0, mixed, mixed.models)
+        branch = cls(tree, ledger, tree.root(namespace), seed, 0, mixed, mixed.models, edits)
         branch.append(tokens)
         return branch
 
     def fork(self, *, reserve: int = 0, ledger: Ledger | None = None) -> Branch:
         """A second branch with the same tokens, of the same ledger unless another is given. Copies no K/V."""
         at = self.tree.fork(self.live())
-        other = Branch(self.tree, ledger or self.ledger, at, self.hash, self.length, self.mix, self.models)
+        other = Branch(self.tree, ledger or self.ledger, at, self.hash, self.length, self.mix, self.models, self.edits)
         other.pending = list(self.pending)
         other._hashes = list(self._hashes)
         other.reserve = reserve
@@ -158,21 +171,42 @@ class Branch:
         A name is the hash of the path, and where another model than the first runs it, one with the model mixed in.
         """
         state, hashes = self.hash, []
-        for token in tokens:
+        edits = self.edits
+        numbers = [edits.at(self.length + i) for i in range(len(tokens))] if edits is not None else ()
+        edited = bool(edits) and self.is_edited
+        for i, token in enumerate(tokens):
             state = mix(state, token + 1)
+            edited = edited or bool(numbers and numbers[i])
+            name = mix(state, edits.salt) if edited and edits is not None else state
             if self.models & 1:
-                hashes.append(state)
+                hashes.append(name)
             if self.models > 1:
-                hashes += [mix(state, _SALT + m) for m in range(1, self.models.bit_length()) if self.models >> m & 1]
+                hashes += [mix(name, _SALT + m) for m in range(1, self.models.bit_length()) if self.models >> m & 1]
         self._hashes += hashes
-        self.pending.extend(tokens)
+        if any(numbers):
+            self.pending += [token | number << EDIT_SHIFT for token, number in zip(tokens, numbers, strict=True)]
+        else:
+            self.pending.extend(tokens)
         self.hash = state
         self.length += len(tokens)
         return hashes
 
+    @property
+    def is_edited(self) -> bool:
+        """Whether any of its rows is edited."""
+        edits = self.edits
+        return edits is not None and any(
+            n and s < self.length for s, n in zip(edits.starts, edits.numbers, strict=True)
+        )
+
+    @property
+    def name(self) -> int:
+        """What its K/V and logits are found by: `hash`, and where rows are edited the schedule mixed in."""
+        return mix(self.hash, self.edits.salt) if self.edits is not None and self.is_edited else self.hash
+
     def tokens(self) -> list[int]:
         """The whole path, pending tokens included."""
-        return self.tree.tokens(self.live()) + self.pending
+        return [key & _TOKEN for key in self.tree.tokens(self.live()) + self.pending]
 
     def account(self) -> None:
         """Book the pending tokens: they are about to run."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from raindecode.engine.attention import KVPool, TreeContext
 from raindecode.engine.batch import Part, stage_all
+from raindecode.engine.edits import RowEdits, SiteTable
 from raindecode.engine.fused_model import FusedModel
 from rainkernels.errors import RangeError
 from rainkernels.ops.attention import AttentionBuffers, AttentionPlan
@@ -35,7 +36,9 @@ _LEVELS = 2
 _PARTIAL_BYTES = 64 << 20  # of partial results that a graph may hold; steps over longer paths run uncaptured
 
 Run = Callable[[], Tensor]
-_Key: TypeAlias = "tuple[tuple[int, ...], int]"  # members, and padded rows of each
+_Key: TypeAlias = (
+    "tuple[tuple[int, ...], int, bool]"  # members, padded rows of each, and whether hidden states are edited
+)
 # Takes a function of static memory, returns one that does the same again and gives the same static output.
 Capture = Callable[[Run], Run]
 
@@ -127,12 +130,13 @@ class StepGraphs:
         self._make_plan = make_plan
         self._pools: dict[int, KVPool] = {}  # by member
         self._rotary: tuple[Tensor, Tensor] | None = None  # the tables that the graphs read
+        self._tables: Sequence[SiteTable] = ()  # of edits, that the graphs read
         self._steps: dict[_Key, _Step] = {}
 
     @property
     def captured(self) -> tuple[int, ...]:
         """Numbers of rows that there is a graph for."""
-        return tuple(sorted(rows for (_, rows), step in self._steps.items() if step.replay is not None))
+        return tuple(sorted(rows for (_, rows, _), step in self._steps.items() if step.replay is not None))
 
     def drop(self) -> None:
         """Forget all graphs: the pools they read and write are about to go."""
@@ -141,13 +145,15 @@ class StepGraphs:
         self._rotary = None
 
     def forward(
-        self, parts: Sequence[Part], wanted: Sequence[Sequence[int]], pools: Sequence[KVPool], states: Sequence[Tensor]
-    ) -> Tensor | None:
+        self, parts: Sequence[Part], wanted: Sequence[Sequence[int]], pools: Sequence[KVPool], states: Sequence[Tensor],
+        edits: RowEdits | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """Run batches of different members, made on the host, from a graph.
 
         Args:
             wanted: rows of each part whose logits are wanted.
             pools, states: of each part's member; final states [num_slots, hidden_size] are written to the rows' slots.
+            edits: of the rows of all parts, their slots on the host.
         Returns:
             Logits [n, vocabulary], one part's after the other's; None where the step has to run uncaptured, and nothing was
             done.
@@ -161,11 +167,16 @@ class StepGraphs:
             if self._pools.setdefault(member, pool) is not pool:
                 self.drop()
                 self._pools[member] = pool
-        key = members, BUCKETS[at]
+        if (
+            edits is not None and edits.tables is not self._tables
+        ):  # they grew: graphs that read the old ones are of no use
+            self._steps = {key: step for key, step in self._steps.items() if not key[2]}
+            self._tables = edits.tables
+        key = members, BUCKETS[at], edits is not None
         step = self._steps.get(key)
         if step is None or step.replay is None:
-            step = self._captured(key, parts, wanted, pools, states)
-        elif not step.load(parts, wanted):
+            step = self._captured(key, parts, wanted, pools, states, edits)
+        elif not step.load(parts, wanted, edits):
             return None
         if step is None or step.replay is None:
             return None
@@ -174,15 +185,16 @@ class StepGraphs:
 
     def _captured(
         self, key: _Key, parts: Sequence[Part], wanted: Sequence[Sequence[int]], pools: Sequence[KVPool],
-        states: Sequence[Tensor],
+        states: Sequence[Tensor], edits: RowEdits | None,
     ) -> _Step | None:  # fmt: skip
         """The step of a key, loaded and captured; None where the batches do not fit or nothing can be captured."""
         try:
             step = self._steps.get(key)
             if step is None:
-                tables = self._tables(pools)
-                step = self._steps[key] = _Step(key[1], self._fused, parts, pools, states, tables, self._make_plan)
-            if not step.load(parts, wanted):
+                tables = self._positions(pools)
+                step = _Step(key[1], self._fused, parts, pools, states, tables, self._make_plan, edits)
+                self._steps[key] = step
+            if not step.load(parts, wanted, edits):
                 return None
             step.replay = self._capture(step.run)
             return step
@@ -192,7 +204,7 @@ class StepGraphs:
             _log.warning("steps run without CUDA graphs: capturing %d rows failed (%s)", key[1], self.failed)
             return None
 
-    def _tables(self, pools: Sequence[KVPool]) -> tuple[Tensor, Tensor]:
+    def _positions(self, pools: Sequence[KVPool]) -> tuple[Tensor, Tensor]:
         """Rotary tables that stay where they are for every position the pools or the model have room for."""
         slots = pools[0].num_slots
         if self._rotary is None:
@@ -207,7 +219,7 @@ class _Step:
 
     def __init__(
         self, rows: int, fused: FusedModel, parts: Sequence[Part], pools: Sequence[KVPool], states: Sequence[Tensor],
-        tables: tuple[Tensor, Tensor], make_plan: MakePlan,
+        tables: tuple[Tensor, Tensor], make_plan: MakePlan, edits: RowEdits | None,
     ) -> None:  # fmt: skip
         device = states[0].device
         # ids, positions, slots, one part's rows after the other's; then the wanted rows
@@ -223,14 +235,22 @@ class _Step:
         ]
         self._contexts[0].more = tuple(self._contexts[1:])
         self._adapted = fused.adapted_rows([part.member for part in parts], [rows] * len(parts))
+        self._edits: RowEdits | None = None
+        if edits is not None:
+            slots = torch.zeros(len(edits.slots), rows * len(parts), dtype=torch.int32, device=device)
+            self._edits = RowEdits(edits.tables, slots)
 
-    def load(self, parts: Sequence[Part], wanted: Sequence[Sequence[int]]) -> bool:
+    def load(self, parts: Sequence[Part], wanted: Sequence[Sequence[int]], edits: RowEdits | None) -> bool:
         """Copy a step's numbers to where the graph reads them; False where it does not fit."""
         for part, plan, context in zip(parts, self._plans, self._contexts, strict=True):
             if part.batch.max_position >= len(self._tables[0]) or not plan.load(part.batch.plan, context):
                 return False
         host = stage_all([part.batch for part in parts], wanted, self._rows, pinned=self.inputs.is_cuda)
         self.inputs.copy_(host, non_blocking=True)
+        if self._edits is not None and edits is not None:
+            self._edits.slots.copy_(
+                _padded(edits.slots, [part.batch.num_rows for part in parts], self._rows), non_blocking=True
+            )
         return True
 
     def run(self) -> Tensor:
@@ -240,7 +260,17 @@ class _Step:
         own = slots.split(self._rows)
         for context, mine in zip(self._contexts, own, strict=True):
             context.slot_mapping = mine.int()
-        final = self._fused.final_states(ids, cos[positions], sin[positions], self._contexts[0], self._adapted)
+        final = self._fused.final_states(
+            ids, cos[positions], sin[positions], self._contexts[0], self._adapted, self._edits
+        )
         for pool, mine, rows in zip(self._states, own, final.split(self._rows), strict=True):
             pool.index_copy_(0, mine, rows)
         return final
+
+
+def _padded(slots: Tensor, sizes: Sequence[int], rows: int) -> Tensor:
+    """Row slots [columns, all rows] with `rows` of them for each part; padding is not edited."""
+    host = torch.zeros(len(slots), rows * len(sizes), dtype=torch.int32)
+    for i, own in enumerate(slots.split(list(sizes), dim=1)):
+        host[:, rows * i : rows * i + own.shape[1]] = own
+    return host

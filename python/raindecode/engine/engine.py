@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,16 @@ from torch import Tensor
 
 from raindecode.engine.answers import Answers
 from raindecode.engine.branch import Branch, Ledger
+from raindecode.engine.edit_path import EditPath
+from raindecode.engine.edits import EditNumbers
 from raindecode.engine.forward import plan_forwards
 from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
 from raindecode.engine.logit_rows import KeptRows, LogitRow, Logits
 from raindecode.engine.model_runner import ModelRunner
+from raindecode.engine.tap_rows import TapRows
 from raindecode.engine.types import Got, HostCall, Search, Want, Yielded
 from raindecode.errors import CapacityError, RainDecodeError, RequestCancelled
+from raindecode.hidden_edits import Schedule
 from raindecode.mixture import SINGLE, Mix
 
 # Every engine alive, so that a test can assert that no request left a slot behind.
@@ -80,6 +85,7 @@ class _Plan:
 
     rows: dict[int, Row] = field(default_factory=dict)
     served: list[tuple[Task, int, int, dict[int, LogitRow]]] = field(default_factory=list)
+    taps: TapRows = field(default_factory=TapRows)
     charged: dict[Task, int] = field(default_factory=dict)
     forwards: list[int] = field(default_factory=list)  # masks of the models that ran in each
 
@@ -133,6 +139,7 @@ class Engine:
         self._waiting: deque[Task] = deque()
         smallest = min(one.model.config.get_text_config().vocab_size for one in self.runners)
         self._answers = Answers(vocab_size or smallest, tree.num_slots)
+        self._numbers = EditNumbers()
         self._stepping = False
         LIVE_ENGINES.add(self)
 
@@ -151,9 +158,31 @@ class Engine:
         """Rows of logits held for searches that come back to them."""
         return self._answers.kept
 
-    def open(self, ledger: Ledger, tokens: Sequence[int], mixed: Mix = SINGLE) -> Branch:
-        """A branch of `tokens`, the distribution after it `mixed`; nothing runs yet."""
-        return Branch.open(self.tree, ledger, tokens, mixed=mixed)
+    def open(self, ledger: Ledger, tokens: Sequence[int], mixed: Mix = SINGLE, edits: EditPath | None = None) -> Branch:
+        """A branch of `tokens`, the distribution after it `mixed`, its rows edited by `edits`; nothing runs yet."""
+        return Branch.open(self.tree, ledger, tokens, mixed=mixed, edits=edits)
+
+    def hold(self, ledger: Ledger, schedule: Schedule) -> EditPath | None:
+        """Make edits ready for a request's branches; they stay so until it ends. None where nothing is edited.
+
+        Raises:
+            rainkernels.errors.RainKernelsError: an edit does not fit its model.
+        """
+        edits = list(dict.fromkeys(edit for _, edit in schedule if edit is not None))
+        if not edits:
+            return None
+        path = self._numbers.path(schedule)
+        for edit in edits:
+            number = self._numbers.of(edit)
+            for runner in self.runners:
+                mine = {
+                    member: edit.stages[model]
+                    for model, (one, member) in enumerate(self.models)
+                    if one is runner and edit.stages.get(model)
+                }
+                runner.edits.hold(number, mine)
+                ledger.origin.at_end.append(partial(runner.edits.drop, number, tuple(mine)))
+        return path
 
     def run(self, tasks: Iterable[Task]) -> Generator[Task, None, None]:
         """Run tasks to the end, yielding each as it finishes. Closing the iterator cancels what is left."""
@@ -277,6 +306,11 @@ class Engine:
                 rows = self.tree.extend(cursor, tokens, reserve=branch.reserve, pools=branch.models, last=again)
             except OutOfSlots:
                 return False
+            if want.taps:
+                first = 1 << branch.mix.first
+                again_rows = self.tree.path_rows(cursor, want.taps_from, first)
+                plan.taps.add(want, branch.mix.first, again_rows)
+                rows += again_rows
             branch.account()
             branch.settle()
             plan.charged[task] = plan.charged.get(task, 0) + plan.add(rows)
@@ -297,7 +331,9 @@ class Engine:
                 rows = [(slot, row) for slot, row in part.batch.row_of_slot.items() if wanted.get(slot, 0) >> model & 1]
                 names += [(slot, model) for slot, _ in rows]
                 wanted_rows.append([row for _, row in rows])
-            logits = Logits(forward.run(wanted_rows))
+            tapped = plan.taps.wanted(forward)
+            logits = Logits(forward.run(wanted_rows, tapped))
+            plan.taps.take(forward, tapped)
             self.model_steps += 1
             plan.forwards.append(sum(1 << model for model in forward.models))
             found.update((name, LogitRow(logits, i)) for i, name in enumerate(names))
@@ -318,6 +354,8 @@ class Engine:
                     raise answer
                 if task.wants[i].pool_from:
                     answer.pooled = self._mean_states(task.wants[i])
+                if task.wants[i].taps:
+                    answer.tapped = plan.taps.mean(task.wants[i])
                 task.answers[i] = answer
             except Exception as error:
                 failed.setdefault(task, error)

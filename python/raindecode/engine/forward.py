@@ -9,6 +9,7 @@ from itertools import zip_longest
 from torch import Tensor
 
 from raindecode.engine.batch import Part, TokenBatch, build_batches
+from raindecode.engine.edits import Tapped
 from raindecode.engine.kv_tree import Row
 from raindecode.engine.model_runner import ModelRunner
 
@@ -21,8 +22,10 @@ class Forward:
     parts: Sequence[Part]
     models: Sequence[int]
 
-    def run(self, wanted: Sequence[Sequence[int]]) -> Tensor:
-        """Logits of the rows wanted of each part, one part's after the other's."""
+    def run(self, wanted: Sequence[Sequence[int]], tapped: Tapped | None = None) -> Tensor:
+        """Logits of the rows wanted of each part, one part's after the other's. Hidden states are left in `tapped`."""
+        if tapped is not None:
+            return self.runner.forward_parts(self.parts, wanted, tapped)
         if len(self.parts) == 1 and not self.parts[0].member:
             return self.runner.forward(self.parts[0].batch, wanted[0])
         return self.runner.forward_parts(self.parts, wanted)

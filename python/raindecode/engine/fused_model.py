@@ -20,19 +20,22 @@ from transformers import PreTrainedModel
 from raindecode.engine.adapter import Adapter
 from raindecode.engine.attention import AttentionOptions, KVPool, TreeContext, attend
 from raindecode.engine.batch import Part
+from raindecode.engine.edits import RowEdits, SiteTable, Tapped
 from raindecode.engine.fused_adapter import FusedAdapter
+from raindecode.engine.fused_edits import Joining, add_norm
 from raindecode.engine.rotary import NotFusible, RotaryTable
 from raindecode.engine.snapshot import Snapshot
 from rainkernels.ops.decoder import (
     BlockWeights,
+    Capture,
     DecoderStack,
+    EditSite,
     LinearWeight,
     NormWeight,
     StackWeights,
     StepPart,
     decoder_lane,
 )
-from rainkernels.ops.edits import add_edit_rmsnorm
 
 _BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -77,6 +80,7 @@ class FusedModel:
         self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._stack: DecoderStack | None = None
         self._pools: dict[int, KVPool] = {}  # that the stack writes to, by member
+        self._edited_by: Sequence[SiteTable] = ()  # that the stack edits with
         in_native = model.device.type == "cpu" and model.dtype == torch.float32 and decoder_lane() == "cpu"
         if in_native and all(type(act).__name__ in _SILU for act in self._acts):
             self._stack = DecoderStack(self.weights, [adapter.blocks for adapter in self._adapters])
@@ -91,14 +95,17 @@ class FusedModel:
         return self._seen.holds
 
     def forward(
-        self, parts: Sequence[Part], contexts: Sequence[TreeContext], wanted: Tensor, states: Sequence[Tensor]
-    ) -> Tensor:
+        self, parts: Sequence[Part], contexts: Sequence[TreeContext], wanted: Tensor, states: Sequence[Tensor],
+        edits: RowEdits | None = None, tapped: Tapped | None = None,
+    ) -> Tensor:  # fmt: skip
         """Run batches of several members together.
 
         Args:
             contexts: of each part.
             wanted: [n] int64 rows whose logits are wanted, over the rows of all parts.
             states: of each part [num_slots, hidden_size]; final states, after the last norm, are written to the rows' slots.
+            edits: of the rows of all parts.
+            tapped: hidden states wanted, with room made.
         Returns:
             Logits [n, vocabulary].
         """
@@ -110,7 +117,7 @@ class FusedModel:
             contexts[0].more = tuple(contexts[1:])
             sizes = [batch.num_rows for batch in batches]
             adapted = self.adapted_rows([part.member for part in parts], sizes)
-            rows = self.final_states(ids, cos[positions], sin[positions], contexts[0], adapted)
+            rows = self.final_states(ids, cos[positions], sin[positions], contexts[0], adapted, edits, tapped)
             for batch, pool, own in zip(batches, states, rows.split(sizes), strict=True):
                 pool.index_copy_(0, batch.slot_mapping.long(), own)
             return self.logits(rows, wanted)
@@ -123,7 +130,13 @@ class FusedModel:
             StepPart(part.member, part.batch.num_rows, part.batch.plan, pool)
             for part, pool in zip(parts, states, strict=True)
         ]
-        return self._stack.step(ids, positions, slots, steps, cos, sin, wanted)
+        if edits is not None and self._edited_by is not edits.tables:
+            self._stack.set_edits([EditSite(*site) for site in edits.tables])
+            self._edited_by = edits.tables
+        return self._stack.step(
+            ids, positions, slots, steps, cos, sin, wanted, None if edits is None else edits.slots,
+            () if tapped is None else [Capture(site.layer, site.tap, tapped.index, out) for site, out in tapped.places()],
+        )  # fmt: skip
 
     def adapted_rows(self, members: Sequence[int], sizes: Sequence[int]) -> list[AdaptedRows]:
         """Where adapters apply, in rows of several members one behind the other."""
@@ -145,8 +158,9 @@ class FusedModel:
         return [pool.layer(i, heads, heads) for i in range(len(self._acts))]
 
     def final_states(
-        self, ids: Tensor, cos: Tensor, sin: Tensor, context: TreeContext, adapted: Sequence[AdaptedRows] = ()
-    ) -> Tensor:
+        self, ids: Tensor, cos: Tensor, sin: Tensor, context: TreeContext, adapted: Sequence[AdaptedRows] = (),
+        edits: RowEdits | None = None, tapped: Tapped | None = None,
+    ) -> Tensor:  # fmt: skip
         """The blocks in operations of PyTorch and rainkernels, for every device and dtype; K/V goes to the pools.
 
         On CUDA tensors the host never waits here and reads nothing back, so that it can be captured (cuda_graph.py).
@@ -155,9 +169,11 @@ class FusedModel:
             ids: [T] token ids.
             cos, sin: [T, head_dim] of the rows' positions, from the RotaryTable.
             adapted: rows that an adapter applies to, with the adapter.
+            edits, tapped: as in `forward`.
         Returns:
             [T, hidden_size], after the last norm.
         """
+        join = Joining(edits, tapped)
         weights = self.weights
         cos, sin = cos[:, None], sin[:, None]
         x = embedding(ids, weights.embedding)
@@ -170,12 +186,13 @@ class FusedModel:
                     adapter.add_(layer, name, x[rows], y[rows])
                 return y
 
-            heads = product(_add_norm(x, residual, block.attention_norm), "qkv", block.qkv)
+            heads = product(join.block(index - 1, x, residual, block.attention_norm), "qkv", block.qkv)
             heads = heads.view(len(ids), -1, weights.head_dim)
             x = product(self._attend(index, block, heads, cos, sin, context), "out", block.out)
-            gate, up = product(_add_norm(x, residual, block.mlp_norm), "gate_up", block.gate_up).chunk(2, dim=-1)
+            normed = join.attention(index, x, residual, block.mlp_norm)
+            gate, up = product(normed, "gate_up", block.gate_up).chunk(2, dim=-1)
             x = product(act(gate).mul_(up), "down", block.down)
-        return _add_norm(x, residual, weights.norm)
+        return join.block(len(weights.blocks) - 1, x, residual, weights.norm)
 
     def logits(self, states: Tensor, wanted: Tensor) -> Tensor:
         """[n, vocabulary] of the rows `wanted` [n] int64 of final states [T, hidden_size]."""
@@ -200,15 +217,10 @@ def _behind(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _add_norm(x: Tensor, residual: Tensor, norm: NormWeight) -> Tensor:
-    """residual += x; the norm of the sum."""
-    return add_edit_rmsnorm(x, residual, norm.weight, None, None, eps=norm.eps).normed
-
-
 def _head_norm(x: Tensor, norm: NormWeight) -> Tensor:
     """The norm of every head's row of `x` [T, heads, head_dim]."""
     rows = x.reshape(-1, x.shape[-1])
-    return _add_norm(rows, torch.zeros_like(rows), norm).view(x.shape)
+    return add_norm(rows, torch.zeros_like(rows), norm).view(x.shape)
 
 
 def _expect(module: nn.Module, names: set[str], optional: frozenset[str] | set[str] = frozenset()) -> None:

@@ -201,6 +201,18 @@ class KVTree:
             rows.append(Row(node.tokens[at], node.start + at, node.slots[at], node, last))
         return rows
 
+    def path_rows(self, cursor: Cursor, first: int, pools: int) -> list[Row]:
+        """Rows of the tokens from position `first` to the cursor, to be run by `pools` whether they have run or not."""
+        rows: list[Row] = []
+        node: Node | None = cursor.node
+        end = cursor.offset
+        while node is not None and node.start + end > first:
+            begin = max(first - node.start, 0)
+            rows += [Row(node.tokens[i], node.start + i, node.slots[i], node, pools) for i in range(begin, end)]
+            node = node.parent
+            end = len(node.tokens) if node is not None else 0
+        return rows
+
     def commit(self) -> None:
         """The rows returned since the last commit have run: their K/V may be matched from now on."""
         refilled = []

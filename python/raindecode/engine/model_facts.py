@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raindecode.errors import ConfigError
+from raindecode.hidden_edits import ModelIdentity
 
 _FALLBACK_CONTEXT = 2048
+_SAMPLES = 16  # elements of a parameter that enter a fingerprint
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
@@ -18,6 +22,22 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 def name_of(model: PreTrainedModel) -> str:
     """What to call a model in messages."""
     return str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def identity_of(model: PreTrainedModel) -> ModelIdentity:
+    """What a model is recognised by: its form and a sample of every parameter, in bfloat16, so that the number type it was
+    loaded in does not matter. An adapter of peft inside the model is part of it.
+    """
+    config = model.config.get_text_config()
+    digest = hashlib.sha256(repr((config.model_type, config.num_hidden_layers, config.hidden_size)).encode())
+    samples = []
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(repr((name, tuple(parameter.shape))).encode())
+        at = torch.linspace(0, parameter.numel() - 1, _SAMPLES, device=parameter.device).long()
+        index = torch.unravel_index(at, parameter.shape)  # by row and column: parameters may be views of joined memory
+        samples.append(parameter.detach()[index].to(torch.bfloat16))
+    digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
+    return ModelIdentity(str(config.model_type), config.num_hidden_layers, config.hidden_size, digest.hexdigest()[:32])
 
 
 def eos_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

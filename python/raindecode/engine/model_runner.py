@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -19,6 +19,8 @@ from raindecode.engine.adapter_hooks import AdapterHooks
 from raindecode.engine.attention import IMPLEMENTATION, AttentionOptions, KVPool, TreeContext
 from raindecode.engine.batch import Part, TokenBatch, upload
 from raindecode.engine.cuda_graph import CudaCapture, StepGraphs
+from raindecode.engine.edit_hooks import EditHooks
+from raindecode.engine.edits import EditBank, RowEdits, Tapped
 from raindecode.engine.fused_model import FusedModel
 from raindecode.errors import UnsupportedModelError
 from rainkernels.ops.attention import AttentionBuffers
@@ -76,6 +78,8 @@ class ModelRunner:
         self.adapters = tuple(adapters)
         self._members = [_Member(KVPool(num_slots, self.device)) for _ in range(self.num_members)]
         self._updates = [AdapterHooks(model, adapter) for adapter in self.adapters]
+        self.edits = EditBank(self.hidden_size, self.device, model.dtype)
+        self._edit_hooks = EditHooks(model)
         self.fused: FusedModel | None = None
         self.graphs: StepGraphs | None = None  # of `fused`
         self.layers: dict[int, AttentionOptions] = {}  # what each layer told its attention when last asked
@@ -119,35 +123,45 @@ class ModelRunner:
         return self.forward_parts([Part(0, batch)], [wanted])
 
     @torch.inference_mode()
-    def forward_parts(self, parts: Sequence[Part], wanted: Sequence[Sequence[int]]) -> Tensor:
-        """Run batches of several members, made on the host, through the weights together.
+    def forward_parts(
+        self, parts: Sequence[Part], wanted: Sequence[Sequence[int]], tapped: Tapped | None = None
+    ) -> Tensor:
+        """Run batches of several members, made on the host, through the weights together, rows edited as they say.
 
         Args:
             wanted: rows of each part whose logits are wanted.
+            tapped: hidden states wanted; they are left there.
         Returns:
             Logits `[n, vocabulary]`, one part's after the other's. With no row named, what comes back means nothing.
         """
         fused = self.fused if self.fused is not None and self.fused.is_current else None
+        slots = self.edits.slots(parts)
+        edits = None if slots is None else RowEdits(self.edits.sites, slots)
         if fused is not None:
             pools = [self._members[part.member].pool for part in parts]
             states = [self._states_pool(part.member, fused.weights.embedding) for part in parts]
-            replayed = None if self.graphs is None else self.graphs.forward(parts, wanted, pools, states)
-            if replayed is not None:
-                return replayed
+            if self.graphs is not None and tapped is None:
+                replayed = self.graphs.forward(parts, wanted, pools, states, edits)
+                if replayed is not None:
+                    return replayed
+        edits = None if edits is None else edits.to(self.device)
         placed, rows, at = [], [], 0
         for part, mine in zip(parts, wanted, strict=True):
             batch, index = upload(part.batch, list(mine), self.device)
             placed.append(Part(part.member, batch))
             rows.append(index + at)
             at += batch.num_rows
+        if tapped is not None:
+            tapped.place([part.batch.num_rows for part in placed], self.hidden_size, self.device)
         index = rows[0] if len(rows) == 1 else torch.cat(rows)
         if not len(index):  # a model that is asked for no row gives those of all
             index = torch.zeros(1, dtype=torch.int64, device=self.device)
         contexts = [TreeContext(self._members[p.member].pool, p.batch.slot_mapping, p.batch.plan) for p in placed]
         if fused is not None:
-            return fused.forward(placed, contexts, index, states)
+            return fused.forward(placed, contexts, index, states, edits, tapped)
         contexts[0].more = tuple(contexts[1:])
-        final, logits = self._forward_stock(placed, contexts[0], index)
+        with self._edit_hooks.on(edits, tapped) if edits is not None or tapped is not None else nullcontext():
+            final, logits = self._forward_stock(placed, contexts[0], index)
         if final is not None:
             for part, own in zip(placed, final.split([part.batch.num_rows for part in placed]), strict=True):
                 self._states_pool(part.member, own).index_copy_(0, part.batch.slot_mapping.long(), own)
@@ -212,6 +226,11 @@ class ModelRunner:
         if kv_lane(self.device) != "cuda":
             return "the compiled module has no CUDA lane, and writing K/V without it cannot be captured"
         return None
+
+    @property
+    def hidden_size(self) -> int:
+        """Elements of a hidden state."""
+        return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def bytes_per_token(self) -> int:

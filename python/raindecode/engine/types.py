@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raindecode.engine.branch import Branch
 from raindecode.engine.sampler import Drawn, Filter
+from raindecode.hidden_edits import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,9 @@ class Want:
         logits: the whole row, on the host.
         keep: hold the row for later wants at the same place, so that the last token is not run again.
         pool_from: path positions; the mean final hidden state from each to the branch's end is returned.
+        taps: places whose hidden states are wanted, of the first model that takes part, before the edits of that place.
+        taps_from: path position; the mean of each place's states from there to the branch's end is returned. These tokens run
+            whether their K/V are cached or not.
     """
 
     branch: Branch
@@ -55,6 +59,8 @@ class Want:
     logits: bool = False
     keep: bool = False
     pool_from: Sequence[int] = ()
+    taps: Sequence[Site] = ()
+    taps_from: int = 0
 
     @property
     def needs_logits(self) -> bool:
@@ -71,6 +77,7 @@ class Got:
     gathered: list[float] = field(default_factory=list)
     logits: npt.NDArray[np.float32] | None = None
     pooled: Tensor | None = None  # [len(pool_from), hidden_size] float32
+    tapped: Tensor | None = None  # [len(taps), hidden_size] float32
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from raindecode.engine.branch import Branch, Ledger
+from raindecode.engine.edit_path import EditPath
 from raindecode.engine.engine import Engine
 from raindecode.engine.types import HostCall, Search, Want
 from raindecode.text import Codec
@@ -22,6 +23,7 @@ class SearchContext:
     Attributes:
         on_text: called with each piece of committed text, when streaming.
         on_progress: called with (tokens committed, iterations) as the search advances.
+        edits: of the request's rows, judge_edits: of those of the model that judges its answers; None for none.
     """
 
     engine: Engine
@@ -30,14 +32,20 @@ class SearchContext:
     request: Request
     on_text: Callable[[str], None] | None = None
     on_progress: Callable[[int, int], None] | None = None
+    edits: EditPath | None = None
+    judge_edits: EditPath | None = None
 
     def open(self, tokens: Sequence[int]) -> Branch:
-        """A branch of `tokens` under the request's mixture."""
-        return self.engine.open(self.ledger, tokens, self.request.mix)
+        """A branch of `tokens` under the request's mixture and edits."""
+        return self.engine.open(self.ledger, tokens, self.request.mix, self.edits)
 
     def open_first(self, tokens: Sequence[int]) -> Branch:
-        """A branch of `tokens` of the first model of the mixture alone: the reference, unless its weight is 0."""
-        return self.engine.open(self.ledger, tokens, self.request.mix.only_first)
+        """As `open`, of the first model of the mixture alone: the reference, unless its weight is 0."""
+        return self.engine.open(self.ledger, tokens, self.request.mix.only_first, self.edits)
+
+    def open_judge(self, tokens: Sequence[int]) -> Branch:
+        """A branch of `tokens` of the model of `open_first`, its rows edited only where an edit asks to be judged by."""
+        return self.engine.open(self.ledger, tokens, self.request.mix.only_first, self.judge_edits)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

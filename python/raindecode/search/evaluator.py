@@ -70,7 +70,7 @@ class SelfEvaluation:
         for text in self.template.prompts(prompt, response):
             ids = context.codec.encode(text)
             _check_room(context, len(ids))
-            branches.append(context.open_first(ids[: len(ids) - cut]))
+            branches.append(context.open_judge(ids[: len(ids) - cut]))
         answers: list[Got] = yield [Want(branch, gather=letters) for branch in branches]
         context.ledger.measure()  # evaluation prompts are where a request holds most
         for branch in branches:

@@ -81,7 +81,7 @@ class RainTree:
         # float64 as the official code: a mean value of exactly 0.8 must not pass "more than 0.8" by rounding.
         self.statistics = SingleTree(rain.tree_config(dimension))
         self.root = SearchNode(self.statistics.root, None, (), 0)
-        self.root.branch = context.engine.open(self._tab, (), context.request.mix)
+        self.root.branch = context.engine.open(self._tab, (), context.request.mix, context.edits)
         self.root.hashes = self.root.branch.append(context.request.prompt_ids)
         self._nodes: dict[int, SearchNode] = {self.root.slot: self.root}
         self._children: dict[int, list[SearchNode]] = {}

@@ -17,7 +17,7 @@ from raindecode.types import Completion
 class Scored:
     """Decode with `sampling`, then ask `evaluator` about the whole answer, in the same request: its prompts share forwards.
 
-    The score is the completion's value. A model that judges is always the reference, whatever mixture gave the answer, so
+    The score is the completion's value. A model that judges is always the unedited reference, whatever gave the answer, so
     that scores of different mixtures can be compared.
 
     Attributes:
@@ -36,6 +36,6 @@ class Scored:
             branch.release()  # the answer is there: leave its room to the judge
         request = context.request
         reference = Mix((1.0,) + (0.0,) * (len(request.mix.weights) - 1))
-        judging = replace(context, request=replace(request, mix=reference))
+        judging = replace(context, request=replace(request, mix=reference), judge_edits=None)
         score = yield from self.evaluator.evaluate(judging, request.prompt, completion.text)
         return replace(completion, value=score, stats=context.stats(evaluations=1))

@@ -1,0 +1,259 @@
+"""Fitting: from pairs of answers to an edit, by the published presets or with every choice of your own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final, Literal, Protocol
+
+from torch import Tensor
+
+from raindecode.errors import ConfigError, FitError
+from raindecode.hidden_edits import TAPS, ModelIdentity, Op, Site, Stage, Tap
+from raindecode.policy.alignez.ccs import PUBLISHED, ccs
+from raindecode.policy.alignez.diagnostics import Diagnostics, choose_layers, diagnose
+from raindecode.policy.alignez.directions import mean_difference, svd_diff, svd_group
+from raindecode.policy.alignez.edits import MAX_DIRECTIONS, AlignEZ, Examples, Group, Positions
+from raindecode.policy.alignez.logistic import logistic
+from raindecode.policy.alignez.pairs import Pair
+from raindecode.policy.policy import Policy
+from raindecode.policy.prompt import ChatFormat
+from raindecode.settings import is_whole, require_finite, require_whole
+
+Kind = Literal["svd", "ccs", "svd-knn", "svd-diff", "mean-diff", "logistic"]
+Context = Literal["question", "elicited"]
+FitPool = Literal["last", "mean", "prompt"]
+
+
+class Activates(Protocol):
+    """A decoder, as far as fitting goes."""
+
+    @property
+    def identities(self) -> Sequence[ModelIdentity]: ...
+
+    def activations(self, passages: Sequence[tuple[str, str]], **options: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Every choice of a fit. What the paper leaves open is marked (open).
+
+    Attributes:
+        kind: which directions, and what is done along them: "svd" rejects the harmful group's first singular vector and boosts
+            the helpful group's; "ccs" rejects the CCS direction instead; "svd-knn" as "svd" with directions of each request's
+            own; "svd-diff" bends all singular vectors of the differences by tanh, those the prompt does not have already;
+            "mean-diff" adds the mean difference (CAA); "logistic" adds the probe's normal (as ITI).
+        tap: (open for "svd-diff") where.
+        pool: (open) the state of an answer: that of its "last" token, the "mean" over it, or that of the last token of its
+            "prompt", which only differs between the sides in the "elicited" context.
+        context: (open) what stands before an answer: the "question" alone, or the text it was "elicited" by.
+        layers: given ones; or how many, those of the least CCS loss, "half" of them all; None for all.
+        alpha: strength of every operation; of "mean-diff" and "logistic" a share of the mean difference.
+        rank: of "svd-diff", at most so many directions; None for all.
+        neighbours: of "svd-knn".
+        positions: (open) which rows are edited.
+    """
+
+    kind: Kind = "svd-diff"
+    tap: Tap = "mlp_out"
+    pool: FitPool = "last"
+    context: Context = "question"
+    layers: int | Literal["half"] | tuple[int, ...] | None = None
+    alpha: float = 1.0
+    rank: int | None = None
+    neighbours: int = 16
+    positions: Positions = field(default_factory=Positions)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("kind", self.kind, (*_STAGES, "svd-knn")), ("tap", self.tap, TAPS),
+            ("pool", self.pool, ("last", "mean", "prompt")), ("context", self.context, ("question", "elicited")),
+        ):  # fmt: skip
+            if value not in allowed:
+                raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        if self.pool == "prompt" and self.context == "question":
+            raise ConfigError(
+                "pool 'prompt' reads the state before an answer, which is the same for both sides of a question: use "
+                "context='elicited', or pool 'last' or 'mean'"
+            )
+        if is_whole(self.layers):
+            require_whole("layers", self.layers, 1)
+        elif self.layers is not None and self.layers != "half":
+            object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
+        require_finite("alpha", self.alpha)
+        require_whole("neighbours", self.neighbours, 1)
+        require_whole("seed", self.seed, 0)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Hidden states of the chosen layers: [L, K, d] float32."""
+
+    helpful: Tensor
+    harmful: Tensor
+
+
+def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progress: bool | None = None) -> AlignEZ:
+    """Fit an edit of the decoder's reference model.
+
+    Raises:
+        FitError: the pairs give no directions: too few, no contrast, or not finite.
+        ConfigError: a setting is outside what is allowed.
+    """
+    identity = decoder.identities[0]
+    layers = _given_layers(settings, identity.num_layers)
+    helpful, harmful = collect_sides(decoder, pairs, settings, layers, settings.tap, progress)
+    count = max(1, len(layers) // 2) if settings.layers == "half" else settings.layers
+    if isinstance(count, int):
+        loss = ccs(helpful, harmful, seed=settings.seed, **PUBLISHED).loss
+        kept = list(choose_layers(loss, min(count, len(layers))))
+        helpful, harmful, layers = helpful[kept], harmful[kept], [layers[i] for i in kept]
+    common: dict[str, Any] = {
+        "positions": settings.positions,
+        "model": identity,
+        "origin": _origin(settings, pairs, layers),
+    }
+    if settings.kind == "svd-knn":
+        queries = decoder.activations(
+            [(pair.prompt, "") for pair in pairs], layers=layers, tap=settings.tap, pool="last", progress=progress
+        )
+        examples = {
+            Site(layer, settings.tap): Examples(queries[i], helpful[i], harmful[i]) for i, layer in enumerate(layers)
+        }
+        recipe: tuple[tuple[Group, str, float], ...]
+        recipe = (("harmful", "project", settings.alpha), ("helpful", "boost", settings.alpha))
+        return AlignEZ(
+            select="knn", neighbours=min(settings.neighbours, len(pairs)), examples=examples, recipe=recipe, **common
+        )  # fmt: skip
+    stages = _STAGES[settings.kind](_Data(helpful, harmful), settings)
+    sites = tuple(
+        (Site(layer, settings.tap), stage) for layer, own in zip(layers, stages, strict=True) for stage in own
+    )
+    return AlignEZ(stages=sites, select="cosine" if settings.kind == "svd-diff" else "none", **common)
+
+
+def collect_sides(
+    decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, layers: Sequence[int], tap: Tap,
+    progress: bool | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Hidden states of the helpful and of the harmful answers, [len(layers), len(pairs), hidden_size] float32 each."""
+    if len(pairs) < 2:
+        raise FitError(f"{len(pairs)} pairs were given; give at least two, and more than the directions you ask for")
+    passages: list[tuple[str, str]] = []
+    for i, pair in enumerate(pairs):
+        for prompt, answer in ((pair.chosen_prompt, pair.chosen), (pair.rejected_prompt, pair.rejected)):
+            if settings.context == "elicited" and not prompt:
+                raise ConfigError(
+                    f"pair {i} does not say what its answers were elicited by, which context='elicited' needs: use pairs of "
+                    "AlignEZ.generate_pairs, or context='question'"
+                )
+            stem = prompt if settings.context == "elicited" else pair.prompt
+            passages.append((stem or "", "" if settings.pool == "prompt" else answer))
+    options: dict[str, Any] = (
+        {"policy": Policy(prompt=ChatFormat("{prompt}"))} if settings.context == "elicited" else {}
+    )
+    pool = "last" if settings.pool == "prompt" else settings.pool
+    states = decoder.activations(passages, layers=layers, tap=tap, pool=pool, progress=progress, **options)
+    return states[:, 0::2], states[:, 1::2]
+
+
+def diagnose_pairs(
+    decoder: Activates,
+    pairs: Sequence[Pair],
+    settings: FitSettings,
+    *,
+    taps: Sequence[Tap] = TAPS,
+    progress: bool | None = None,
+) -> Diagnostics:
+    """What every layer at every tap says of the pairs, before anything is edited."""
+    layers = list(range(decoder.identities[0].num_layers))
+    sides: dict[str, tuple[Tensor, Tensor]] = {
+        tap: collect_sides(decoder, pairs, settings, layers, tap, progress) for tap in taps
+    }
+    return diagnose(sides, layers, seed=settings.seed)
+
+
+def _given_layers(settings: FitSettings, num_layers: int) -> list[int]:
+    if settings.layers is None or settings.layers == "half" or is_whole(settings.layers):
+        return list(range(num_layers))
+    chosen = list(settings.layers)  # type: ignore[arg-type]
+    if not chosen or any(not is_whole(layer) or not 0 <= layer < num_layers for layer in chosen):
+        raise ConfigError(f"layers are {chosen}; allowed: one or more of 0 to {num_layers - 1}, or how many to choose")
+    return sorted(set(chosen))
+
+
+# ---- directions and what is done along them -------------------------------------------------------------------------------
+def _svd(data: _Data, settings: FitSettings) -> list[list[Stage]]:
+    return _reject_and_boost(svd_group(data.harmful).vectors, svd_group(data.helpful).vectors, settings)
+
+
+def _ccs(data: _Data, settings: FitSettings) -> list[list[Stage]]:
+    probe = ccs(data.helpful, data.harmful, seed=settings.seed)
+    return _reject_and_boost(probe.direction[:, None], svd_group(data.helpful).vectors, settings)
+
+
+def _reject_and_boost(harmful: Tensor, helpful: Tensor, settings: FitSettings) -> list[list[Stage]]:
+    return [
+        [_stage(bad, "project", settings.alpha), _stage(good, "boost", settings.alpha)]
+        for bad, good in zip(harmful, helpful, strict=True)
+    ]
+
+
+def _svd_diff(data: _Data, settings: FitSettings) -> list[list[Stage]]:
+    most = MAX_DIRECTIONS if settings.rank is None else settings.rank
+    found = svd_diff(data.helpful, data.harmful, rank=settings.rank).vectors
+    return [[_stage(basis[:most], "tanh", settings.alpha)] if len(basis) else [] for basis in found]
+
+
+def _mean_diff(data: _Data, settings: FitSettings) -> list[list[Stage]]:
+    shifts = mean_difference(data.helpful, data.harmful)
+    return [[_stage(v[None] / v.norm(), "add", settings.alpha * float(v.norm()))] if v.norm() else [] for v in shifts]
+
+
+def _logistic(data: _Data, settings: FitSettings) -> list[list[Stage]]:
+    shifts = mean_difference(data.helpful, data.harmful)
+    normals = logistic(data.helpful, data.harmful).direction
+    return [
+        [_stage(u[None], "add", settings.alpha * float(v @ u))] if u.norm() else []
+        for v, u in zip(shifts, normals, strict=True)
+    ]
+
+
+_STAGES: Final = {"svd": _svd, "ccs": _ccs, "svd-diff": _svd_diff, "mean-diff": _mean_diff, "logistic": _logistic}
+
+
+def _stage(directions: Tensor, op: Op, alpha: float) -> Stage:
+    k = len(directions)
+    return Stage(directions.float().contiguous(), (op,) * k, (alpha,) * k, (0.0,) * k)
+
+
+def _origin(settings: FitSettings, pairs: Sequence[Pair], layers: Sequence[int]) -> dict[str, str]:
+    data = json.dumps([asdict(pair) for pair in pairs], sort_keys=True)
+    chosen = replace(settings, layers=tuple(layers))
+    try:
+        program = version("rainkernels")
+    except PackageNotFoundError:
+        program = "unknown"
+    return {
+        "fitter": settings.kind,
+        "settings": json.dumps(asdict(chosen)),
+        "pairs": str(len(pairs)),
+        "data_sha256": hashlib.sha256(data.encode()).hexdigest(),
+        "rainkernels": program,
+    }
+
+
+def from_mapping(preset: FitSettings, overrides: Mapping[str, Any]) -> FitSettings:
+    """A preset with some settings replaced.
+
+    Raises:
+        ConfigError: there is no such setting.
+    """
+    unknown = sorted(set(overrides) - set(asdict(preset)))
+    if unknown:
+        raise ConfigError(f"a fit has no setting {unknown[0]!r}; allowed: {', '.join(asdict(preset))}")
+    return replace(preset, **overrides)
