@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raindecode.errors import ConfigError, FitError
 from raindecode.hidden_edits import TAPS, ModelIdentity, Op, Site, Stage, Tap
-from raindecode.policy.alignez.ccs import PUBLISHED, ccs
+from raindecode.policy.alignez.ccs import Probe, ccs
 from raindecode.policy.alignez.diagnostics import Diagnostics, choose_layers, diagnose
 from raindecode.policy.alignez.directions import mean_difference, svd_diff, svd_group
 from raindecode.policy.alignez.edits import MAX_DIRECTIONS, AlignEZ, Examples, Group, Positions
@@ -91,10 +91,11 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class _Data:
-    """Hidden states of the chosen layers: [L, K, d] float32."""
+    """Hidden states of the chosen layers, [L, K, d] float32, and their CCS probe where one was wanted."""
 
     helpful: Tensor
     harmful: Tensor
+    probe: Probe | None
 
 
 def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progress: bool | None = None) -> AlignEZ:
@@ -108,10 +109,11 @@ def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progre
     layers = _given_layers(settings, identity.num_layers)
     helpful, harmful = collect_sides(decoder, pairs, settings, layers, settings.tap, progress)
     count = max(1, len(layers) // 2) if settings.layers == "half" else settings.layers
-    if isinstance(count, int):
-        loss = ccs(helpful, harmful, seed=settings.seed, **PUBLISHED).loss
-        kept = list(choose_layers(loss, min(count, len(layers))))
+    probe = ccs(helpful, harmful, seed=settings.seed) if settings.kind == "ccs" or isinstance(count, int) else None
+    if probe is not None and isinstance(count, int):
+        kept = list(choose_layers(probe.loss, min(count, len(layers))))
         helpful, harmful, layers = helpful[kept], harmful[kept], [layers[i] for i in kept]
+        probe = Probe(*(part[kept] for part in probe))
     common: dict[str, Any] = {
         "positions": settings.positions,
         "model": identity,
@@ -129,7 +131,7 @@ def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progre
         return AlignEZ(
             select="knn", neighbours=min(settings.neighbours, len(pairs)), examples=examples, recipe=recipe, **common
         )  # fmt: skip
-    stages = _STAGES[settings.kind](_Data(helpful, harmful), settings)
+    stages = _STAGES[settings.kind](_Data(helpful, harmful, probe), settings)
     sites = tuple(
         (Site(layer, settings.tap), stage) for layer, own in zip(layers, stages, strict=True) for stage in own
     )
@@ -192,8 +194,8 @@ def _svd(data: _Data, settings: FitSettings) -> list[list[Stage]]:
 
 
 def _ccs(data: _Data, settings: FitSettings) -> list[list[Stage]]:
-    probe = ccs(data.helpful, data.harmful, seed=settings.seed)
-    return _reject_and_boost(probe.direction[:, None], svd_group(data.helpful).vectors, settings)
+    assert data.probe is not None
+    return _reject_and_boost(data.probe.direction[:, None], svd_group(data.helpful).vectors, settings)
 
 
 def _reject_and_boost(harmful: Tensor, helpful: Tensor, settings: FitSettings) -> list[list[Stage]]:
