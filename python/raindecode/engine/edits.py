@@ -24,6 +24,7 @@ from rainkernels.ops.edits import BasisTable, EditTable
 
 Table: TypeAlias = "EditTable | BasisTable"
 _FIRST_SLOTS, _FIRST_DIRECTIONS = 8, 2
+_MANY_COLUMNS = 8
 
 
 class SiteTable(NamedTuple):
@@ -36,14 +37,28 @@ class SiteTable(NamedTuple):
 
 
 class EditNumbers:
-    """Numbers of row edits, kept as long as the process: K/V made under a number stays valid."""
+    """Numbers of row edits. None is ever used again, so K/V made under a number stays what it is.
+
+    Names not seen for long are forgotten: where they come again they get another number, and their K/V is computed anew.
+    """
+
+    _MOST = 1 << 16
 
     def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
+        self._numbers: OrderedDict[str, int] = OrderedDict()
+        self._given = 0
 
     def of(self, edit: RowEdit | None) -> int:
         """The same for edits of the same name; 0 for none."""
-        return 0 if edit is None else self._numbers.setdefault(edit.name, len(self._numbers) + 1)
+        if edit is None:
+            return 0
+        if edit.name not in self._numbers:
+            self._given += 1
+            self._numbers[edit.name] = self._given
+            if len(self._numbers) > self._MOST:
+                self._numbers.popitem(last=False)
+        self._numbers.move_to_end(edit.name)
+        return self._numbers[edit.name]
 
     def path(self, schedule: Schedule) -> EditPath:
         """The schedule in numbers."""
@@ -67,7 +82,8 @@ class EditBank:
         self._dtype = dtype
         self._columns: list[_Column] = []
         self._sites: list[SiteTable] = []
-        self._seen = 0  # tables ever made when `_sites` was
+        self._seen = (0, 0)  # tables ever made, and columns, when `_sites` was
+        self._gone = 0  # tables of columns that are gone
 
     @property
     def num_columns(self) -> int:
@@ -77,7 +93,7 @@ class EditBank:
     @property
     def sites(self) -> list[SiteTable]:
         """Every table, those of one place in the order they run; the same list until something changes."""
-        made = sum(column.tables_made for column in self._columns)
+        made = self._gone + sum(column.tables_made for column in self._columns), len(self._columns)
         if self._seen != made:
             self._sites = [
                 SiteTable(site.layer, site.tap, table, i)
@@ -93,6 +109,7 @@ class EditBank:
         Raises:
             rainkernels.errors.RainKernelsError: a stage does not fit the model; the edit has no slots then.
         """
+        self._forget_idle()
         for member, mine in stages.items():
             key = number, member
             held: list[_Column] = []
@@ -130,6 +147,12 @@ class EditBank:
                         found[c, at : at + len(which)] = own[which]
             at += batch.num_rows
         return torch.from_numpy(found) if edited else None
+
+    def _forget_idle(self) -> None:
+        """Where there are many columns, let go of those that no request uses: every column is looked at in every forward."""
+        if len(self._columns) >= _MANY_COLUMNS:
+            self._gone += sum(column.tables_made for column in self._columns if not column.is_held)
+            self._columns = [column for column in self._columns if column.is_held]
 
     def _placed(self, stages: Sequence[tuple[Site, Stage]]) -> list[tuple[_Column, dict[Site, list[Stage]]]]:
         """Stages by the column that runs them, so that those of one site keep their order."""
@@ -177,6 +200,11 @@ class _Column:
         self._idle: OrderedDict[tuple[int, int], None] = OrderedDict()  # filled and held by nobody, oldest first
         self._free = list(range(_FIRST_SLOTS - 1, 0, -1))
         self._content: dict[int, dict[Site, list[Stage]]] = {}  # by slot, to fill larger tables from
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a request uses it."""
+        return bool(self._held)
 
     def slot(self, key: tuple[int, int]) -> int:
         """The slot of an edit of a member; 0 where it does nothing here."""
