@@ -114,7 +114,11 @@ class EditBank:
             key = number, member
             held: list[_Column] = []
             try:
-                for column, group in self._placed(mine):
+                placed = self._placed(mine)
+                for column in self._columns:
+                    if all(column is not used for used, _ in placed):
+                        column.forget(key)  # where the edit lay once, when there were other columns
+                for column, group in placed:
                     column.hold(key, group)
                     held.append(column)
             except Exception:
@@ -233,14 +237,22 @@ class _Column:
             del self._held[key]
             self._idle[key] = None
 
+    def forget(self, key: tuple[int, int]) -> None:
+        """Give back the slot of an edit that nobody holds."""
+        if key in self._idle:
+            del self._idle[key]
+            self._give_back(key)
+
+    def _give_back(self, key: tuple[int, int]) -> None:
+        slot = self._slots.pop(key)
+        self._clear(slot)
+        self._free.append(slot)
+
     def _take(self) -> int:
+        if not self._free and self._idle:
+            self._give_back(self._idle.popitem(last=False)[0])
         if self._free:
             return self._free.pop()
-        if self._idle:
-            key, _ = self._idle.popitem(last=False)
-            slot = self._slots.pop(key)
-            self._clear(slot)
-            return slot
         old, self._num_slots = self._num_slots, 2 * self._num_slots
         self._free = list(range(self._num_slots - 1, old - 1, -1))
         for site in list(self.tables):
