@@ -14,6 +14,7 @@ from static_steps import in_operations, with_graphs
 from torch import Tensor
 
 from raindecode import RAIN, Completion, Decoder, DeRa, Policy, Sampling
+from raindecode.engine import edits
 from raindecode.engine.branch import Branch
 from raindecode.engine.edits import EditBank, EditNumbers
 from raindecode.engine.engine import Engine
@@ -303,23 +304,19 @@ def test_columns_nobody_uses_go_away() -> None:
     assert decoder.engine.runner.edits.num_columns == 1
 
 
-def test_an_edit_whose_columns_went_away_is_done_once() -> None:
+def test_an_edit_whose_columns_went_away_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its slot in a column that stayed is forgotten when its order asks for another one."""
+    monkeypatch.setattr(edits, "_MANY_COLUMNS", 1)
     bank = EditBank(4, torch.device("cpu"), torch.float32)
     site = Site(0, "mlp_out")
     own = Stage(torch.eye(4)[:1], ("add",), (1.0,), (0.0,))
-    shared = [Stage(torch.eye(4), ("add",) * 4, (1.0,) * 4, (0.0,) * 4, basis=name) for name in "abcdefgh"]
-    bank.hold(1, {0: [(site, shared[0]), (site, own)]})
-    bank.hold(2, {0: [(site, own), (site, shared[0])]})
-    for number, stage in enumerate(shared[1:], start=3):
-        bank.hold(number, {0: [(site, stage)]})
-        bank.drop(number, [0])
+    shared = Stage(torch.eye(4), ("add",) * 4, (1.0,) * 4, (0.0,) * 4, basis="a")
+    bank.hold(1, {0: [(site, shared), (site, own)]})
+    bank.hold(2, {0: [(site, own), (site, shared)]})
     bank.drop(1, [0])
-    for _ in range(2):
-        bank.hold(1, {0: [(site, shared[0]), (site, own)]})
-    slots = [column.slot((1, 0)) for column in bank._columns]
-    assert [column.basis for column, slot in zip(bank._columns, slots, strict=True) if slot] == ["a", ""]
-    assert [column.basis for column in bank._columns if column.slot((2, 0))] == ["", "a"]
+    bank.hold(1, {0: [(site, shared), (site, own)]})
+    for number, order in ((1, ["a", ""]), (2, ["", "a"])):
+        assert [column.basis for column in bank._columns if column.slot((number, 0))] == order
 
 
 def test_names_that_were_forgotten_get_new_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
