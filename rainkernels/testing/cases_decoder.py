@@ -14,6 +14,7 @@ from rainkernels.ops.attention import AttentionPlan, attention_plan
 from rainkernels.ops.decoder import (
     BlockUpdate,
     BlockWeights,
+    Capture,
     DecoderStack,
     LinearWeight,
     LowRank,
@@ -35,6 +36,8 @@ class StepInputs(NamedTuple):
     cos: Tensor
     sin: Tensor
     wanted: Tensor
+    edit_slots: Tensor | None = None
+    captures: tuple[Capture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,12 @@ class DecoderCase:
 
 
 def together(*steps: StepInputs) -> StepInputs:
-    """The rows of several steps in one; slots may meet where the members differ."""
-    firsts = accumulate((len(step.ids) for step in steps[:-1]), initial=0)
+    """The rows of several steps in one; slots may meet where the members differ. Steps without edits get slots of 0."""
+    firsts = list(accumulate((len(step.ids) for step in steps[:-1]), initial=0))
     longest = max(steps, key=lambda step: len(step.cos))
+    columns = max((len(step.edit_slots) for step in steps if step.edit_slots is not None), default=0)
+    none = [torch.zeros(columns, len(step.ids), dtype=torch.int32) for step in steps]
+    slots = [n if step.edit_slots is None else step.edit_slots for step, n in zip(steps, none, strict=True)]
     return StepInputs(
         ids=torch.cat([step.ids for step in steps]),
         positions=torch.cat([step.positions for step in steps]),
@@ -147,6 +153,10 @@ def together(*steps: StepInputs) -> StepInputs:
         cos=longest.cos,
         sin=longest.sin,
         wanted=torch.cat([step.wanted + first for step, first in zip(steps, firsts, strict=True)]),
+        edit_slots=torch.cat(slots, dim=1) if columns else None,
+        captures=tuple(
+            c._replace(rows=c.rows + first) for step, first in zip(steps, firsts, strict=True) for c in step.captures
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""Right calls of the decoder ops for the fuzz tests: small stacks, their adapters, steps of several members.
+"""Right calls of the decoder ops for the fuzz tests: small stacks, their adapters, steps of several members, edits, captures.
 
 Every tensor has memory of its own size, the workspace too: under AddressSanitizer a step past the end of any is seen.
 """
@@ -14,15 +14,19 @@ from unittest import mock
 
 import torch
 from fuzz import Call, FuzzOp, ints, randn, same_within
+from fuzz_edits import PRIVATE, SHARED, table_of, table_tensors
 from fuzz_kv import PLAN
 from torch import Tensor
 
 from rainkernels._decoder_weights import UPDATED
 from rainkernels.ops import decoder
+from rainkernels.ops._decoder_edits import TAPS
 from rainkernels.ops.attention import attention_plan
 from rainkernels.ops.decoder import (
     BlockUpdate,
+    Capture,
     DecoderStack,
+    EditSite,
     LinearWeight,
     LowRank,
     StackWeights,
@@ -136,7 +140,40 @@ def below(rng: Random, limit: int, n: int) -> Tensor:
     return torch.tensor([rng.choice([limit - 1, rng.randrange(limit)]) for _ in range(n)], dtype=torch.int64)
 
 
-def step_call(rng: Random) -> Call:
+def random_edits(rng: Random, case: DecoderCase, rows: int) -> Call:
+    """Sites in any order over tables of either kind, some rows without an edit; captures of any rows."""
+    tables = [table_tensors(rng, case.hidden, rng.choice([1, 2, 3, 6])) for _ in range(rng.choice([1, 1, 2, 3]))]
+    columns = rng.choice([1, 2, 4])
+    # Few places: several tables meet there. Columns are those of tables, so that each slot is in all of them.
+    of_column = [rng.randrange(len(tables)) for _ in range(columns)]
+    sites = tuple(
+        (rng.randrange(case.num_blocks), rng.choice(TAPS), of_column[column], column)
+        for column in (rng.randrange(columns) for _ in range(rng.choice([0, 1, 2, 4, 8])))
+    )
+    limits = [len(tables[of_column[column]]["alpha"]) for column in range(columns)]
+    slots = [[rng.choice([0, rng.randrange(limit)]) for _ in range(rows)] for limit in limits]
+    counts = [rng.choice([0, 1, 2, 7]) if rows else 0 for _ in range(rng.choice([0, 1, 3]))]
+    captures = tuple((rng.randrange(case.num_blocks), rng.choice(TAPS)) for _ in counts)
+    call: Call = {
+        "sites": sites, "names": tuple(tuple(table) for table in tables),
+        "tables": [t for table in tables for t in table.values()],
+        "edit_slots": ints([s for column in slots for s in column]).view(columns, rows), "captures": captures,
+    }  # fmt: skip
+    if sites:
+        call |= {"layer": sites[0][0], "column": sites[0][3]}
+    if counts:
+        call |= {
+            "captured_rows": [below(rng, rows, n) for n in counts],
+            "captured": [torch.zeros(n, case.hidden) for n in counts],
+        }
+    return call
+
+
+def edits_call(rng: Random) -> Call:
+    return step_call(rng, edits=1.0)
+
+
+def step_call(rng: Random, edits: float = 0.3) -> Call:
     case = random_case(rng)
     weights = case.make(rng.getrandbits(30))
     adapters = [random_adapter(rng, case) for _ in range(rng.choice([0, 1, 1, 2, 3]))]
@@ -180,6 +217,8 @@ def step_call(rng: Random) -> Call:
         call["states"] = [randn(rng, num_slots[m], case.hidden) for m in kept]
     if updated:
         call |= {"adapters": tensors_of(adapters), "first": updated[0].first, "scale": updated[0].scale}
+    if rng.random() < edits:
+        call |= random_edits(rng, case, total)
     return call
 
 
@@ -212,7 +251,9 @@ def run_step(
     *, stack: StackWeights, updates: Sequence[Any], weights: Sequence[Any], adapters: Sequence[Any] | None = None,
     pools: Sequence[Any], states: Sequence[Any] = (), kept: tuple[int, ...], plans: tuple[Columns, ...],
     parts: tuple[tuple[int, int, bool], ...], threads: int, ids: Any, positions: Any, slots: Any, cos: Any, sin: Any,
-    wanted: Any, member: Any = None, rows: Any = None, **numbers: Any,
+    wanted: Any, member: Any = None, rows: Any = None, edit_slots: Any = None, captures: Sequence[tuple[int, Any]] = (),
+    captured_rows: Any = (), captured: Any = (), sites: Sequence[tuple[int, Any, int, int]] = (), names: Sequence[Any] = (),
+    tables: Any = (), layer: Any = None, column: Any = None, **numbers: Any,
 ) -> Tensor:  # fmt: skip
     if unknown := numbers.keys() - {*OF_STACK, *OF_BLOCK, "eps", "first", "scale"}:
         raise TypeError(f"unknown keywords {unknown}")
@@ -229,11 +270,28 @@ def run_step(
     ]
     if step_parts:
         step_parts[0] = step_parts[0]._replace(member=member, rows=rows)
+    made.set_edits(sites_of(sites, names, listed(tables, []), layer, column))
+    wanted_rows = [
+        Capture(*place, at, out)
+        for place, at, out in zip(captures, listed(captured_rows, []), listed(captured, []), strict=False)
+    ]
     with exact_memory(), with_threads(threads):
-        logits = made.step(ids, positions, slots, step_parts, cos, sin, wanted)
+        logits = made.step(ids, positions, slots, step_parts, cos, sin, wanted, edit_slots, wanted_rows)
     for written in (*pools, *(part.states for part in step_parts if part.states is not None)):
         written[0] = 0  # where several rows meet, whichever comes last stays
     return logits
+
+
+def sites_of(
+    sites: Sequence[tuple[int, Any, int, int]], names: Sequence[Any], tensors: list[Any], layer: Any, column: Any
+) -> list[EditSite]:
+    """The sites over tables of these tensors, the first one at this layer and column."""
+    left = iter(tensors)
+    tables = [table_of(dict(zip(of_table, left, strict=False))) for of_table in names] if tensors else []
+    made = [EditSite(at, tap, tables[table], i) for at, tap, table, i in sites] if tables else []
+    if made:
+        made[0] = made[0]._replace(layer=layer, column=column)
+    return made
 
 
 @contextmanager
@@ -274,16 +332,24 @@ def product(*, x: Any, weight: Any, bias: Any = None, out: Any = None, threads: 
 
 OF_STACK = ("num_qo_heads", "num_kv_heads", "head_dim")
 OF_BLOCK = ("softmax_scale", "softcap", "sliding_window")  # of the first one
-_STRUCTURE = ("stack", "updates", "threads", "kept", "plans", "parts")
+_STRUCTURE = ("stack", "updates", "threads", "kept", "plans", "parts", "sites", "names", "captures")
 _OF_STACK = ("weights", "adapters", *OF_STACK, *OF_BLOCK, "eps", "first", "scale")
 _OF_STEP = ("ids", "positions", "slots", "cos", "sin", "wanted", "pools", "states", "member", "rows")
-_NAMED = ("blocks", "embedding", "norm", "head", "heads", "parts")
+_OF_EDITS = ("tables", "edit_slots", "layer", "column", "captured", "captured_rows")
+_NAMED = ("blocks", "embedding", "norm", "head", "heads", "parts", "table", *PRIVATE, *SHARED)
 # A wrong number in a weight or in a pool can leave no digits to agree on; rows that meet in a slot are in a race.
-_DERIVED = (*_OF_STACK, "pools", "cos", "sin", "slots")
+_DERIVED = (*_OF_STACK, "pools", "cos", "sin", "slots", "tables")
 # Nothing but float32 is computed; tensors of other types are there unread.
 _CLOSE = same_within(dict.fromkeys((torch.float32, torch.float64, torch.float16, torch.bfloat16), 2e-4))
 OPS = {
     "linear_rows": FuzzOp(linear_call, product, same=_CLOSE, steady=("threads",)),
-    "decoder_stack": FuzzOp(step_call, run_step, _NAMED, same=_CLOSE, steady=(*_STRUCTURE, *_OF_STEP), derived=_DERIVED),
-    "decoder_step": FuzzOp(step_call, run_step, _NAMED, same=_CLOSE, steady=(*_STRUCTURE, *_OF_STACK), derived=_DERIVED),
+    "decoder_stack": FuzzOp(
+        step_call, run_step, _NAMED, same=_CLOSE, steady=(*_STRUCTURE, *_OF_STEP, *_OF_EDITS), derived=_DERIVED
+    ),
+    "decoder_step": FuzzOp(
+        step_call, run_step, _NAMED, same=_CLOSE, steady=(*_STRUCTURE, *_OF_STACK, *_OF_EDITS), derived=_DERIVED
+    ),
+    "decoder_edits": FuzzOp(
+        edits_call, run_step, _NAMED, same=_CLOSE, steady=(*_STRUCTURE, *_OF_STACK, *_OF_STEP), derived=_DERIVED
+    ),
 }  # fmt: skip

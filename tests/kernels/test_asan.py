@@ -25,6 +25,8 @@ KERNEL_TESTS = (
     "test_edits.py",
     "test_decoder.py",
     "test_decoder_members.py",
+    "test_decoder_edits.py",
+    "test_decoder_edits_checks.py",
 )
 
 

@@ -234,12 +234,20 @@ def test_a_row_of_nan_stays_alone(lane: str) -> None:
 PROGRAM = """
 import hashlib, raindecode, torch
 from rainkernels.testing.cases_decoder import CASES, together
+from rainkernels.testing.cases_decoder_edits import PLACES, StackEdits, captures_of, edit_slots
 digest = hashlib.sha256()
+edits = StackEdits("all", PLACES * 2, ("private", "basis", "preserve", "bfloat16", "cap"))
 for case in CASES:
     stack = case.stack(64, adapters=[case.adapter(0), case.adapter(1)])
     assert stack._native is not None
     steps = [case.inputs((9, 1, 6)), case.inputs((5, 2), 1, member=1), case.inputs((7,), 2, member=2)]
     digest.update(stack.step(*together(*steps)).numpy().tobytes())
+    places = [place for place in PLACES if place[0] < case.num_blocks]
+    stack.set_edits([site for site in edits.sites(case.hidden) if site.layer < case.num_blocks])
+    captures = captures_of(case, torch.arange(30), places)
+    inputs = together(*steps)._replace(edit_slots=edit_slots(edits.sites(case.hidden), 30), captures=captures)
+    digest.update(stack.step(*inputs).numpy().tobytes())
+    digest.update(b"".join(capture.out.numpy().tobytes() for capture in captures))
     digest.update(b"".join(pool.numpy().tobytes() for pools in stack._pools for pair in pools for pool in pair))
 print(digest.hexdigest())
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raindecode.errors import ConfigError, FitError
 from raindecode.hidden_edits import TAPS, ModelIdentity, Op, Site, Stage, Tap
-from raindecode.policy.alignez.ccs import PUBLISHED, ccs
+from raindecode.policy.alignez.ccs import Normalize, Probe, ccs
 from raindecode.policy.alignez.diagnostics import Diagnostics, choose_layers, diagnose
 from raindecode.policy.alignez.directions import mean_difference, svd_diff, svd_group
 from raindecode.policy.alignez.edits import MAX_DIRECTIONS, AlignEZ, Examples, Group, Positions
@@ -50,8 +50,9 @@ class FitSettings:
         pool: (open) the state of an answer: that of its "last" token, the "mean" over it, or that of the last token of its
             "prompt", which only differs between the sides in the "elicited" context.
         context: (open) what stands before an answer: the "question" alone, or the text it was "elicited" by.
-        layers: given ones; or how many, those of the least CCS loss, "half" of them all; None for all.
-        alpha: strength of every operation; of "mean-diff" and "logistic" a share of the mean difference.
+        layers: given ones; or how many, or (a share below 1) which part of all, those of the least CCS loss; None for all.
+        normalize: of CCS, where it chooses layers or gives the direction: "per_side" (published), "joint" or "none".
+        alpha: strength of every operation; of "mean-diff" and "logistic" a share of the mean difference's length.
         rank: of "svd-diff", at most so many directions; None for all.
         neighbours: of "svd-knn".
         positions: (open) which rows are edited.
@@ -61,7 +62,8 @@ class FitSettings:
     tap: Tap = "mlp_out"
     pool: FitPool = "last"
     context: Context = "question"
-    layers: int | Literal["half"] | tuple[int, ...] | None = None
+    layers: int | float | tuple[int, ...] | None = None
+    normalize: Normalize = "per_side"
     alpha: float = 1.0
     rank: int | None = None
     neighbours: int = 16
@@ -82,8 +84,15 @@ class FitSettings:
             )
         if is_whole(self.layers):
             require_whole("layers", self.layers, 1)
-        elif self.layers is not None and self.layers != "half":
-            object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
+        elif isinstance(self.layers, float):
+            if not 0 < self.layers <= 1:
+                raise ConfigError(f"layers is {self.layers!r}; allowed: a share above 0, up to 1.0 of all layers")
+        elif self.layers is not None:
+            if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
+                raise ConfigError(
+                    f"layers is {self.layers!r}; allowed: a list of layers, how many, a share of all, or None"
+                )
+            object.__setattr__(self, "layers", tuple(self.layers))
         require_finite("alpha", self.alpha)
         if self.rank is not None:
             require_whole("rank", self.rank, 1)
@@ -93,10 +102,11 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class _Data:
-    """Hidden states of the chosen layers: [L, K, d] float32."""
+    """Hidden states of the chosen layers, [L, K, d] float32, and their CCS probe where one was wanted."""
 
     helpful: Tensor
     harmful: Tensor
+    probe: Probe | None
 
 
 def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progress: bool | None = None) -> AlignEZ:
@@ -109,11 +119,14 @@ def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progre
     identity = decoder.identities[0]
     layers = given_layers(settings, identity.num_layers)
     helpful, harmful = collect_sides(decoder, pairs, settings, layers, settings.tap, progress)
-    count = max(1, len(layers) // 2) if settings.layers == "half" else settings.layers
-    if isinstance(count, int):
-        loss = ccs(helpful, harmful, seed=settings.seed, **PUBLISHED).loss
-        kept = list(choose_layers(loss, min(count, len(layers))))
+    count = _count(settings, len(layers))
+    probe: Probe | None = None
+    if settings.kind == "ccs" or count is not None:
+        probe = ccs(helpful, harmful, normalize=settings.normalize, seed=settings.seed)
+    if probe is not None and count is not None:
+        kept = list(choose_layers(probe.loss, count))
         helpful, harmful, layers = helpful[kept], harmful[kept], [layers[i] for i in kept]
+        probe = Probe(*(part[kept] for part in probe))
     common: dict[str, Any] = {
         "positions": settings.positions,
         "model": identity,
@@ -131,7 +144,7 @@ def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progre
         return AlignEZ(
             select="knn", neighbours=min(settings.neighbours, len(pairs)), examples=examples, recipe=recipe, **common
         )  # fmt: skip
-    stages = _STAGES[settings.kind](_Data(helpful, harmful), settings)
+    stages = _STAGES[settings.kind](_Data(helpful, harmful, probe), settings)
     sites = tuple(
         (Site(layer, settings.tap), stage) for layer, own in zip(layers, stages, strict=True) for stage in own
     )
@@ -187,15 +200,22 @@ def diagnose_pairs(
     return diagnose(sides, layers, seed=settings.seed)
 
 
+def _count(settings: FitSettings, num_layers: int) -> int | None:
+    """How many layers CCS chooses; None where it does not."""
+    if isinstance(settings.layers, float):
+        return max(1, round(settings.layers * num_layers))
+    return min(settings.layers, num_layers) if isinstance(settings.layers, int) else None
+
+
 def given_layers(settings: FitSettings, num_layers: int) -> list[int]:
-    """Layers that are looked at, of which a count chooses some.
+    """Layers that are looked at, of which a count or a share chooses some.
 
     Raises:
         ConfigError: a model of so many layers has no such layer.
     """
-    if settings.layers is None or settings.layers == "half" or is_whole(settings.layers):
+    if settings.layers is None or isinstance(settings.layers, (int, float)):
         return list(range(num_layers))
-    chosen = list(settings.layers)  # type: ignore[arg-type]
+    chosen = list(settings.layers)
     if not chosen or any(not is_whole(layer) or not 0 <= layer < num_layers for layer in chosen):
         raise ConfigError(f"layers are {chosen}; allowed: one or more of 0 to {num_layers - 1}, or how many to choose")
     return sorted(set(chosen))
@@ -207,8 +227,8 @@ def _svd(data: _Data, settings: FitSettings) -> list[list[Stage]]:
 
 
 def _ccs(data: _Data, settings: FitSettings) -> list[list[Stage]]:
-    probe = ccs(data.helpful, data.harmful, seed=settings.seed)
-    return _reject_and_boost(probe.direction[:, None], svd_group(data.helpful).vectors, settings)
+    assert data.probe is not None
+    return _reject_and_boost(data.probe.direction[:, None], svd_group(data.helpful).vectors, settings)
 
 
 def _reject_and_boost(harmful: Tensor, helpful: Tensor, settings: FitSettings) -> list[list[Stage]]:
@@ -233,7 +253,7 @@ def _logistic(data: _Data, settings: FitSettings) -> list[list[Stage]]:
     shifts = mean_difference(data.helpful, data.harmful)
     normals = logistic(data.helpful, data.harmful).direction
     return [
-        [_stage(u[None], "add", settings.alpha * float(v @ u))] if u.norm() else []
+        [_stage(u[None], "add", settings.alpha * float(v.norm()))] if u.norm() else []
         for v, u in zip(shifts, normals, strict=True)
     ]
 
