@@ -158,25 +158,15 @@ def test_neighbours_have_no_directions_to_count(cli: Cli, folder: Path, tmp_path
     ]
     result = cli(*words, "--json")
     data = last_json(result)
-    assert (data["directions"], data["cosines"], len(data["layers"])) == (None, None, 2)
+    assert (data["directions"], data["cosines"], len(data["layers"])) == (None, None, 3)
     assert "its own, from its 3 nearest questions" in result.out
     assert AlignEZ.load(out).neighbours == 3
 
 
 def test_a_control_vector_is_written(cli: Cli, town: Decoder, made: Any, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "kind.gguf"
-    words = [
-        "fit-edit",
-        "--pairs",
-        str(folder / "pairs.jsonl"),
-        "--preset",
-        "mean-diff",
-        "--layers",
-        "2,",
-        "-o",
-        str(out),
-    ]
-    assert cli(*words).code == 0
+    words = ["fit-edit", "--pairs", str(folder / "pairs.jsonl"), "--preset", "mean-diff", "--layers", "2,"]
+    assert cli(*words, "--positions", "all", "-o", str(out)).code == 0
     ((site, stage),) = AlignEZ.load(out).stages
     ((_, fitted),) = AlignEZ.fit(town, made, "mean-diff", layers=(2,)).stages
     assert site == (2, "block_out")
@@ -250,8 +240,11 @@ FIT_REFUSED: list[tuple[list[str], str]] = [
     (["-o", "x.safetensors"], "there is nothing to fit on"),
     (["-o", "x.pt", "a"], "a file that ends in .safetensors or .gguf"),
     (["-o", "x.gguf", "a"], "holds additions at block_out in every row only"),
-    (["-o", "x.gguf", "--preset", "mean-diff", "--positions", "last", "a"], "in every row only"),
-    (["-o", "x.gguf", "--preset", "logistic", "--tap", "mlp_out", "a"], "at block_out in every row only"),
+    (["-o", "x.gguf", "--preset", "mean-diff", "a"], "--positions all"),
+    (["-o", "x.gguf", "--preset", "logistic", "--tap", "mlp_out", "--positions", "all", "a"], "at block_out in every row only"),
+    (["-o", "x.safetensors", "--normalize", "both", "a"], "allowed: joint, per_side, none"),
+    (["-o", "x.gguf", "--preset", "mean-diff", "--positions", "all", "--layers", "0,2", "a"], "layer 0 has no place"),
+    (["-o", "x.gguf", "--preset", "mean-diff", "--positions", "all", "a"], "name the layers with --layers"),
     (["-o", "no/such/x.safetensors", "a"], "cannot be written"),
     (["-o", "x.safetensors", "--report-only", "a"], "--report-only fits nothing"),
     (["--report-only", "--overwrite", "a"], "name it with --output or --plot"),
@@ -443,7 +436,7 @@ def test_the_judge_and_the_aligned_model_must_be_there(cli: Cli, folder: Path) -
     found = chosen_edits([str(folder / "svd.safetensors")], on="both", judge=True, force=True)
     assert [(edit.on, edit.judge, edit.force) for edit in found.edits] == [("both", True, True)]
     assert {name: found.settings[name] for name in ("edit_on", "edit_judge")} == {"edit_on": "both", "edit_judge": True}
-    assert found.label == "svd.safetensors:1 on both"
+    assert found.label == "svd.safetensors on both"
 
 
 # ---- bake-edit ----------------------------------------------------------------------------------------------------------
@@ -519,9 +512,12 @@ def test_texts_that_are_no_positions(text: str) -> None:
 
 
 def test_layers_as_text() -> None:
-    found = {text: layers_of(text) for text in ("all", "half", "3", "3,", "4,7", " 4 , 7 ")}
-    assert found == {"all": None, "half": "half", "3": 3, "3,": (3,), "4,7": (4, 7), " 4 , 7 ": (4, 7)}
-    for text in ("", ",", "a", "1;2", "-1", "1,,2", "1.5", "²"):
+    found = {text: layers_of(text) for text in ("all", "half", "0.75", "1.0", "1", "3,", "4,7", " 4 , 7 ")}
+    assert found == {
+        "all": None, "half": 0.5, "0.75": 0.75, "1.0": 1.0, "1": 1, "3,": (3,), "4,7": (4, 7), " 4 , 7 ": (4, 7)
+    }  # fmt: skip
+    assert [type(found[text]) for text in ("1.0", "1")] == [float, int]
+    for text in ("", ",", "a", "1;2", "-1", "1,,2", "1.5", "0.0", "nan", "0.5,1", "²"):
         with pytest.raises(ConfigError, match="--layers is"):
             layers_of(text)
 

@@ -86,7 +86,8 @@ class ChosenEdits:
         if not self.edits:
             return ""
         on = "" if self.edits[0].on == "reference" else f" on {self.edits[0].on}"
-        return ", ".join(f"{Path(file).name}:{strength:g}" for file, strength in self.files) + on
+        parts = (Path(file).name + ("" if strength == 1 else f":{strength:g}") for file, strength in self.files)
+        return ", ".join(parts) + on
 
 
 def chosen_edits(

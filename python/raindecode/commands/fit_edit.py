@@ -35,9 +35,9 @@ EXAMPLES = """Examples:
 
     raindecode fit-edit --model ./my-llama --file questions.txt --save-pairs pairs.jsonl --output helpful.safetensors
 
-    raindecode fit-edit --model ./my-llama --pairs pairs.jsonl --preset svd-diff --layers 8 --output other.safetensors
+    raindecode fit-edit --model ./my-llama --pairs preferences.jsonl --preset svd-diff --output other.safetensors
 
-    raindecode fit-edit --model ./my-llama --pairs preferences.jsonl --preset mean-diff --layers 12,13 --output kind.gguf
+    raindecode fit-edit --model ./my-llama --pairs pairs.jsonl --preset mean-diff --layers 12, --positions all -o kind.gguf
 
     raindecode fit-edit --model ./my-llama --pairs pairs.jsonl --report-only --plot layers.png
 
@@ -131,7 +131,15 @@ def fit_edit(
     layers: Annotated[
         str | None,
         typer.Option(
-            help="`all`; `half` or how many (`3`), those of the least CCS loss; or which, counted from 0 (`4,7`; one alone: `4,`).",
+            help="`all`; a share (`half`, `0.75`) or how many (`3`), those of the least CCS loss; or which, counted from 0 (`4,7`; one "
+            "alone: `4,`).",
+            rich_help_panel=_FIT,
+        ),
+    ] = None,
+    normalize: Annotated[
+        str | None,
+        typer.Option(
+            help="What CCS takes out of the states first: the mean of each side (`per_side`), of both (`joint`), or `none`.",
             rich_help_panel=_FIT,
         ),
     ] = None,
@@ -201,7 +209,7 @@ def fit_edit(
     No human labels are needed; pairs of your own can be given with --pairs.
     """
     settings = fit_settings(
-        preset, tap=tap, pool=pool, context=context, layers=layers, alpha=alpha, rank=rank, neighbours=neighbours,
+        preset, tap=tap, pool=pool, context=context, layers=layers, normalize=normalize, alpha=alpha, rank=rank, neighbours=neighbours,
         positions=positions, seed=seed,
     )  # fmt: skip
     check_output(output, report_only, settings)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from raindecode.settings import require_whole
 QUESTIONS: Final = 100
 _MOST_QUESTIONS: Final = 20_000
 _ELICITATIONS: Final = {"published": Elicitation.published, "testbed": Elicitation.testbed}
+_LAYERS: Final = {"half": 0.5, "all": None}
 _OF_ONE_KIND: Final = {"rank": "svd-diff", "neighbours": "svd-knn"}
 _SUFFIXES: Final = (".safetensors", ".gguf")
 
@@ -126,24 +127,28 @@ def fit_settings(preset: str, *, layers: str | None, positions: str | None, **ot
     return from_mapping(named, given)
 
 
-def layers_of(text: str) -> int | Literal["half"] | tuple[int, ...] | None:
-    """The text of --layers: all, half, how many, or numbers with commas between (one alone with a comma behind it).
+def layers_of(text: str) -> int | float | tuple[int, ...] | None:
+    """The text of --layers: all, half, a share (0.75), how many (3), or which, comma between (one alone with a comma behind it).
 
     Raises:
         ConfigError: it is something else.
     """
-    if text == "half":
-        return "half"
-    if text == "all":
-        return None
+    if text in _LAYERS:
+        return _LAYERS[text]
     parts = [part.strip() for part in text.split(",")]
     if len(parts) > 1 and not parts[-1]:
         parts.pop()
-    if not all(part.isdecimal() and part.isascii() for part in parts):
+    if all(part.isdecimal() and part.isascii() for part in parts):
+        return tuple(map(int, parts)) if "," in text else int(text)
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
         raise ConfigError(
-            f"--layers is {text!r}; allowed: all, half, how many to choose (3), or which, counted from 0 (4,7; one alone: 4,)"
+            f"--layers is {text!r}; allowed: all, half or another share (0.75), how many (3), or which, counted from 0 (4,7; one alone: 4,)"
         )
-    return tuple(map(int, parts)) if "," in text else int(text)
+    return share
 
 
 def check_output(output: str | None, report_only: bool, settings: FitSettings) -> None:
@@ -165,7 +170,12 @@ def check_output(output: str | None, report_only: bool, settings: FitSettings) -
     if suffix == ".gguf" and not (adds and settings.tap == "block_out" and settings.positions.everywhere):
         raise ConfigError(
             f"--output is {output!r}, and a GGUF control vector holds additions at block_out in every row only: use --preset mean-diff "
-            "or logistic (with --tap block_out --positions all, their defaults), or name a .safetensors file"
+            "or logistic with --tap block_out --positions all, or name a .safetensors file"
+        )
+    if suffix == ".gguf" and (not isinstance(settings.layers, tuple) or 0 in settings.layers):
+        raise ConfigError(
+            f"--output is {output!r}, and layer 0 has no place in a GGUF control vector: name the layers with --layers, from 1 on, such as "
+            "4,7, or name a .safetensors file"
         )
 
 

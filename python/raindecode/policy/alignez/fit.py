@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -74,6 +74,7 @@ class FitSettings:
         for name, value, allowed in (
             ("kind", self.kind, (*_STAGES, "svd-knn")), ("tap", self.tap, TAPS),
             ("pool", self.pool, ("last", "mean", "prompt")), ("context", self.context, ("question", "elicited")),
+            ("normalize", self.normalize, get_args(Normalize)),
         ):  # fmt: skip
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
