@@ -77,7 +77,7 @@ def edit_lines(facts: Mapping[str, Any], num_layers: int) -> list[str]:
         if alike:
             lines.append(
                 f"in layers {', '.join(alike)} both directions are nearly the same, so that rejecting one and boosting the other "
-                "nearly cancel: try --preset svd-diff, or other --layers"
+                "nearly cancel: read states where they differ (--context elicited --pool prompt), look at --report, or choose --layers"
             )
     return lines
 

@@ -26,6 +26,7 @@ from raindecode.settings import is_whole, require_finite, require_whole
 Kind = Literal["svd", "ccs", "svd-knn", "svd-diff", "mean-diff", "logistic"]
 Context = Literal["question", "elicited"]
 FitPool = Literal["last", "mean", "prompt"]
+_FOLDS: Final = 5  # of the held-out accuracies, where there are as many pairs
 
 
 class Activates(Protocol):
@@ -198,7 +199,7 @@ def diagnose_pairs(
     sides: dict[str, tuple[Tensor, Tensor]] = {
         tap: collect_sides(decoder, pairs, settings, layers, tap, progress) for tap in taps
     }
-    return diagnose(sides, layers, seed=settings.seed)
+    return diagnose(sides, layers, folds=max(2, min(_FOLDS, len(pairs))), seed=settings.seed)
 
 
 def _count(settings: FitSettings, num_layers: int) -> int | None:
