@@ -56,6 +56,7 @@ from raindecode.hidden_edits import TAPS  # noqa: E402
 from raindecode.policy.alignez.presets import PRESETS  # noqa: E402
 
 Row = dict[str, Any]
+Samples = dict[str, list[list[float]]]
 ENGINES = (*OURS, *THEIRS)
 MODELS = ("testbed", "25m", "110m", "1b")
 MOST_ADDED, MOST_OF_HOOKS, MOST_OF_ONE, MOST_OF_FORWARDS = 0.02, 1 / 3, 1.2, 1.2
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None, *, prog: str = "python benchmarks/bench_
         "ops": engines.ops, "raindecode": raindecode.__version__, **facts(device), "checked": checks, "same": same,
     }  # fmt: skip
     if same:
-        record |= summary(measure(engines, options))
+        record |= summary(*measure(engines, options))
         record["added_ms_by_parts"] = parts_ms(engines, options.repeats)
         if not options.no_fit:
             del engines  # their caches make room
@@ -207,42 +208,48 @@ def rows_checked(rows: int) -> list[int]:
     return sorted({0, rows // 2, rows - 1})
 
 
-def measure(engines: Engines, options: argparse.Namespace) -> dict[str, list[list[float]]]:
-    """Seconds of steps by engine and round; step i of every engine belongs to the same cycle."""
-    samples: dict[str, list[list[float]]] = {name: [] for name in ENGINES}
+def measure(engines: Engines, options: argparse.Namespace) -> tuple[Samples, Samples]:
+    """Seconds of steps by engine and round, and of the processors; step i of every engine belongs to the same cycle."""
+    wall: Samples = {name: [] for name in ENGINES}
+    cpu: Samples = {name: [] for name in ENGINES}
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=options.rounds * options.steps)
         for turn in range(options.rounds):
             progress.update(bar, description=f"round {turn + 1}")
             decodes = {name: engines.begin(name, options.steps) for name in ENGINES}
-            for taken in samples.values():
+            for taken in (*wall.values(), *cpu.values()):
                 taken.append([])
             for cycle in range(options.steps):
                 first = (cycle + turn) % len(ENGINES)
                 for name in ENGINES[first:] + ENGINES[:first]:
-                    samples[name][-1].append(timed(decodes[name].step))
+                    seconds, worked = timed(decodes[name].step)
+                    wall[name][-1].append(seconds)
+                    cpu[name][-1].append(worked)
                 progress.advance(bar)
             for decode in decodes.values():
                 decode.end()
-    return samples
+    return wall, cpu
 
 
-def timed(step: Callable[[], None]) -> float:
-    """Seconds of one step; all its tokens are on the host at the end."""
-    begin = time.perf_counter()
+def timed(step: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of one step, and of all threads in it; all its tokens are on the host at the end."""
+    begin, worked = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, time.process_time() - worked
 
 
-def summary(samples: dict[str, list[list[float]]]) -> Row:
+def summary(wall: Samples, cpu: Samples) -> Row:
     """Medians over all cycles; differences and ratios within cycles."""
-    flat = {name: [seconds * 1e3 for one in rounds for seconds in one] for name, rounds in samples.items()}
+    flat, busy = (
+        {name: [seconds * 1e3 for one in rounds for seconds in one] for name, rounds in samples.items()}
+        for samples in (wall, cpu)
+    )
     spread = {name: quartiles(taken) for name, taken in flat.items()}
     step_ms = {name: middle for name, (_, middle, _) in spread.items()}
-    differences = {
-        name: [edited - bare for edited, bare in zip(flat[name], flat[base], strict=True)]
-        for name, base in BASES.items()
-    }
+    differences, worked = (
+        {name: [edited - bare for edited, bare in zip(of[name], of[base], strict=True)] for name, base in BASES.items()}
+        for of in (flat, busy)
+    )
     added = {name: quartiles(each)[1] for name, each in differences.items()}
     return {
         "step_ms": step_ms,
@@ -250,6 +257,8 @@ def summary(samples: dict[str, list[list[float]]]) -> Row:
         "added_ms": added,
         "added_interval_ms": {name: median_interval(each) for name, each in differences.items()},
         "added_share": {name: added[name] / step_ms[base] for name, base in BASES.items()},
+        "cpu_ms": {name: quartiles(taken)[1] for name, taken in busy.items()},
+        "added_cpu_ms": {name: quartiles(each)[1] for name, each in worked.items()},
         "ratios": {f"{over} / {under}": paired_ratio(flat[over], flat[under]) for over, under in _RATIOS},
     }
 
@@ -311,17 +320,18 @@ def report(record: Row, options: argparse.Namespace) -> int:
     console = Console(width=120)
     title = f"{record['shape']}, {record['rows']} rows, k = {record['directions']} at {record['tap']} of all layers, {record['dtype']}"
     table = Table(title=f"one decoding step\n{title}, {record['device']}, {record['threads']} threads")
-    for heading in ("engine", "ms", "quartiles", "added ms", "95 %", "parts alone", "logprob error", "checked"):
+    for heading in ("engine", "ms", "quartiles", "added ms", "95 %", "added CPU", "parts", "logprob error", "checked"):
         table.add_column(heading, justify="left" if heading == "engine" else "right")
     for name, found in record["checked"].items():
-        cells = ["-"] * 5
+        cells = ["-"] * 6
         if "step_ms" in record:
             low, high = record["quartiles_ms"][name]
             cells[:2] = [f"{record['step_ms'][name]:.2f}", f"{low:.2f} - {high:.2f}"]
             if name in BASES:
                 low, high = record["added_interval_ms"][name]
                 added = f"{record['added_ms'][name]:.2f} ({record['added_share'][name]:.1%})"
-                cells[2:] = [added, f"{low:.2f} - {high:.2f}", f"{record['added_ms_by_parts']['added_ms'][name]:.2f}"]
+                others = (record["added_cpu_ms"][name], record["added_ms_by_parts"]["added_ms"][name])
+                cells[2:] = [added, f"{low:.2f} - {high:.2f}", *(f"{each:.2f}" for each in others)]
         error = found["logprob_error"] if found["logprob_error"] is not None else found["margin"]
         table.add_row(name, *cells, f"{error:.1e}", "ok" if found["ok"] else "WRONG")
     console.print(table)

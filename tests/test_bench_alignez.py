@@ -188,9 +188,11 @@ def samples() -> dict[str, list[list[float]]]:
 
 
 def test_differences_are_taken_within_cycles() -> None:
-    found = summary(samples())
+    found = summary(samples(), {name: [[2 * x for x in one] for one in rounds] for name, rounds in samples().items()})
     assert found["step_ms"]["none"] == pytest.approx(200)
     assert found["added_ms"] == pytest.approx({"edits": 2, "edits_256": 10, "hooks": 30, "hooks_256": 60})
+    assert found["added_cpu_ms"] == pytest.approx({"edits": 4, "edits_256": 20, "hooks": 60, "hooks_256": 120})
+    assert found["cpu_ms"]["none"] == pytest.approx(400)
     assert found["added_share"] == pytest.approx({"edits": 0.01, "edits_256": 0.05, "hooks": 0.1, "hooks_256": 0.2})
     assert found["ratios"]["edits_256 / edits"]["median"] == pytest.approx(210 / 202)
     assert found["ratios"]["stock / none"]["median"] == pytest.approx(1.5)
@@ -208,7 +210,7 @@ def record(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
     parts = {"added_ms": {"edits": 1.0, "edits_256": 20.0, "hooks": 5.0, "hooks_256": 50.0}}
     fits = {"fit_ratio": {"svd": {"median": 1.1}, "ccs": {"median": 1.3}}, "fit_s": {"svd": 8.25, "ccs": 9.75}}
-    return {**facts, **summary(samples()), "added_ms_by_parts": parts, **fits, **changes}
+    return {**facts, **summary(samples(), samples()), "added_ms_by_parts": parts, **fits, **changes}
 
 
 def test_goals() -> None:
