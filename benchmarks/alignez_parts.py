@@ -20,7 +20,6 @@ from raindecode.engine.batch import Part
 from raindecode.engine.edits import EditBank, RowEdits
 from raindecode.policy.alignez.edits import AlignEZ
 from raindecode.policy.alignez.pairs import Pair
-from raindecode.policy.alignez.presets import PRESETS
 from rainkernels.ops.edits import add_edit_rmsnorm
 
 Row = dict[str, Any]
@@ -159,15 +158,15 @@ class _Recorded:
             self._decoder.activations(passages, **options)
 
 
-def fits(decoder: Decoder, pairs: Sequence[Pair], rounds: int, tick: Tick) -> Row:
-    """Seconds of every preset's fit and of the forwards it needs, alternating; nothing is cached before either.
+def fits(decoder: Decoder, pairs: Sequence[Pair], presets: Sequence[str], rounds: int, tick: Tick) -> Row:
+    """Seconds of each preset's fit and of the forwards it needs, alternating; nothing is cached before either.
 
     Returns:
         fit_s, forwards_s: medians by preset; fit_ratio: median and quartiles of the ratios round by round.
     """
     found: Row = {"fit_s": {}, "forwards_s": {}, "fit_ratio": {}}
     decoder.activations([(pair.prompt, pair.chosen) for pair in pairs[:2]])  # warm
-    for name in PRESETS:
+    for name in presets:
         recorded = _Recorded(decoder)
         runs: dict[str, Callable[[], object]] = {
             "fit": partial(AlignEZ.fit, recorded, pairs, name, progress=False), "forwards": recorded.again,

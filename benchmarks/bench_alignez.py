@@ -100,6 +100,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, default=101, help="of the parts alone (default: 101)")
     made.add_argument("--pairs", type=int, default=128, help="that are fitted on (default: 128)")
     made.add_argument("--fit-rounds", type=int, default=3, help="of every preset's fit (default: 3)")
+    made.add_argument(
+        "--presets",
+        default=",".join(PRESETS),
+        help=f"that are fitted, with commas between (default: {','.join(PRESETS)})",
+    )
     made.add_argument("--no-fit", action="store_true", help="leave the fits out")
     made.add_argument("--quick", action="store_true", help="so small that it is over at once; the numbers mean nothing")
     made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
@@ -177,6 +182,9 @@ def checked(options: argparse.Namespace) -> torch.device:
         value = getattr(options, name)
         if value is not None and value < smallest:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; allowed: a whole number from {smallest}")
+    for name in options.presets.split(","):
+        if name not in PRESETS:
+            raise ConfigError(f"--presets names {name!r}; allowed: {', '.join(PRESETS)}")
     if options.directions > 16:
         raise ConfigError(f"--directions is {options.directions}; allowed: 1 to 16")
     kind = options.device.partition(":")[0]
@@ -272,14 +280,18 @@ def median_interval(values: Sequence[float]) -> list[float]:
 
 def fitted(decoder: Decoder, tokenizer: Any, options: argparse.Namespace) -> Row:
     """Fits beside their forwards."""
+    presets = options.presets.split(",")
     with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("fits", total=2 * options.fit_rounds * len(PRESETS))
+        bar = progress.add_task("fits", total=2 * options.fit_rounds * len(presets))
 
         def tick(what: str) -> None:
             progress.update(bar, description=f"fits: {what}")
             progress.advance(bar)
 
-        return {"pairs": options.pairs} | fits(decoder, draw_pairs(tokenizer, options.pairs), options.fit_rounds, tick)
+        pairs = draw_pairs(tokenizer, options.pairs)
+        return {"pairs": options.pairs, "fit_rounds": options.fit_rounds} | fits(
+            decoder, pairs, presets, options.fit_rounds, tick
+        )
 
 
 def goals(record: Row) -> list[Row]:

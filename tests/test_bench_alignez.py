@@ -301,6 +301,7 @@ def test_a_wrong_edit_ends_in_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsy
         (["--rows", "2000"], "--rows is 2000; allowed with this model: up to 1085"),
         (["--context", "1020"], "--context is 1020; allowed with this model: up to 1007"),
         (["--directions", "17"], "--directions is 17; allowed: 1 to 16"),
+        (["--presets", "svd,pca"], "--presets names 'pca'; allowed: svd, ccs, svd-knn"),
         (["--fit-rounds", "0"], "--fit-rounds is 0; allowed: a whole number from 1"),
         (["--json", "/no/such/folder/x.json"], "cannot be written"),
         (["--benchmarks", "/no/such/folder"], "there is no /no/such/folder/bench_alignez.py; clone the source"),
