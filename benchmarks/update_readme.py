@@ -5,6 +5,8 @@
     raindecode eval --task town --search vanilla,rain --json | tail -n 1 > benchmarks/results/town.json
     raindecode bench rain --json benchmarks/results/rain-testbed.json                    # and --model 110m, rain-110m.json
     raindecode bench dera --shape 110m --rounds 9 --json benchmarks/results/dera-110m.json     # and 25m; testbed --context 128
+    raindecode bench alignez --shape 110m --threads 2 --json benchmarks/results/alignez-110m.json
+    raindecode bench alignez --threads 2 --json benchmarks/results/alignez-testbed-cost.json
     raindecode sweep --task town --adapter testbed --lambdas 0,0.25,0.5,0.75,1,1.5,2,3 --num-harmful 400 --num-benign 400 \\
         --plot docs/methods/dera-sweep.svg --overwrite --json | tail -n 1 > benchmarks/results/town-sweep.json
     python benchmarks/check_widths.py --json benchmarks/results/widths-float32.json      # and --dtype bfloat16
@@ -21,6 +23,7 @@ import json
 import sys
 from pathlib import Path
 
+from alignez_tables import edit_records, edit_steps, fit_times
 from dera_tables import dera_records, dera_steps, dera_sweep, sweep_rows
 from doc_tables import load, steps, widths
 from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu, rain, rain_records, table
@@ -71,9 +74,10 @@ def filled(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
+    edits = edit_records(RESULTS)
     parts = (
         town(), dera_sweep(load(RESULTS / "town-sweep.json")), rain(rain_records(RESULTS)), dera_steps(dera_records(RESULTS)),
-        kernels(cpu_rows(RESULTS)), gpu(newest_gpu(RESULTS)),
+        edit_steps(edits), fit_times(edits), kernels(cpu_rows(RESULTS)), gpu(newest_gpu(RESULTS)),
     )  # fmt: skip
     agreement = widths([load(RESULTS / f"widths-{dtype}.json") for dtype in ("float32", "bfloat16")])
     for path, contents in (

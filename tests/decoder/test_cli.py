@@ -91,7 +91,17 @@ def refusal(result: Result) -> str:
     ("words", "expected"),
     [
         ([], ["generate", "eval", "sweep", "fit-edit", "bake-edit", "bench", "doctor", "demo", "Exit codes"]),
-        (["bench"], ["rain", "What one RAIN answer costs", "dera", "What one token of DeRa costs"]),
+        (
+            ["bench"],
+            [
+                "rain",
+                "What one RAIN answer costs",
+                "dera",
+                "What one token of DeRa costs",
+                "alignez",
+                "What edits of hidden states",
+            ],
+        ),
         (["generate"], ["--search", "--preset", "--top-p", "--tree", "--no-exact", "Examples", "raindecode generate"]),
         (["eval"], ["--num-harmful", "--json", "--lambda", "Examples", "raindecode eval"]),
         (["sweep"], ["--lambdas", "--adapter", "--target-kl", "--plot", "Examples", "raindecode sweep"]),

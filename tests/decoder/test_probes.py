@@ -56,8 +56,35 @@ def test_steps_are_those_of_adamw_on_the_loss() -> None:
         optimizer.zero_grad()
         ccs_loss(p[:7], p[7:]).sum().backward()
         optimizer.step()
-    found = train(features, start, 40, lr=0.02, weight_decay=0.3, moments="own")
-    torch.testing.assert_close(found, parameter.detach(), rtol=1e-9, atol=1e-11)
+    found = train(features[None], start.T[None], 40, lr=0.02, weight_decay=0.3, moments="own")
+    torch.testing.assert_close(found[0].T, parameter.detach(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("moments", ["own", "shared"])
+def test_layers_of_other_rank_are_trained_beside_each_other_as_alone(moments: Any) -> None:
+    helpful, harmful, _ = plant(3, 16, 24)
+    helpful[1, 5:], harmful[1, 5:] = helpful[1, :1], harmful[1, :1]  # 5 different pairs of 16: rank 10 at most
+    settings: dict[str, Any] = {"restarts": 3, "epochs": 200, "moments": moments, "initial": 1.0}
+    together = ccs(helpful, harmful, **settings)
+    for i in range(3):
+        alone = ccs(helpful[i : i + 1], harmful[i : i + 1], **settings)
+        torch.testing.assert_close(together.losses[i], alone.losses[0], rtol=1e-4, atol=1e-7)
+        assert cosines(together.direction[i : i + 1], alone.direction).item() > 1 - 1e-8
+
+
+@pytest.mark.parametrize("moments", ["own", "shared"])
+def test_float32_ends_where_float64_does(moments: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(2, 64, 63, generator=generator, dtype=torch.float64)
+    features[..., -1] = 1
+    start = torch.randn(2, 5, 63, generator=generator, dtype=torch.float64) / 8
+    losses = []
+    for dtype in (torch.float64, torch.float32):
+        found = train(features.to(dtype), start.to(dtype), 1000, lr=1e-3, weight_decay=0.01, moments=moments).double()
+        p = torch.sigmoid(features @ found.transpose(1, 2)).transpose(0, 1)
+        losses.append(ccs_loss(p[:32], p[32:]))
+    assert losses[0].max() < 0.1, "the search got somewhere"
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-5)
 
 
 def test_shared_moments_follow_the_gradient_and_not_the_axes() -> None:
@@ -66,9 +93,11 @@ def test_shared_moments_follow_the_gradient_and_not_the_axes() -> None:
     start = torch.randn(5, 3, generator=generator, dtype=torch.float64)
     rotation = random_rotation(5)
     for moments, turns in (("shared", True), ("own", False)):
-        straight = train(features, start, 30, lr=0.02, weight_decay=0.3, moments=moments)  # type: ignore[arg-type]
-        turned = train(features @ rotation, rotation.T @ start, 30, lr=0.02, weight_decay=0.3, moments=moments)  # type: ignore[arg-type]
-        assert bool((rotation @ turned - straight).abs().max() < 1e-9) == turns
+        straight = train(features[None], start.T[None], 30, lr=0.02, weight_decay=0.3, moments=moments)[0]  # type: ignore[arg-type]
+        turned = train(
+            (features @ rotation)[None], (start.T @ rotation)[None], 30, lr=0.02, weight_decay=0.3, moments=moments  # type: ignore[arg-type]
+        )[0]  # fmt: skip
+        assert bool((turned @ rotation.T - straight).abs().max() < 1e-9) == turns
 
 
 def test_shared_moments_and_small_initial_values_find_a_planted_shift_better() -> None:

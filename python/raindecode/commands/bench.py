@@ -40,6 +40,17 @@ def dera(
     _run("dera", context.args, benchmarks)
 
 
+def alignez(
+    context: typer.Context,
+    benchmarks: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """What edits of hidden states cost, beside hooks on plain transformers.
+
+    Options are those of benchmarks/bench_alignez.py: `raindecode bench alignez --help`.
+    """
+    _run("alignez", context.args, benchmarks)
+
+
 def _run(name: str, given: Sequence[str], benchmarks: str | None) -> None:
     arguments = list(given)
     if {"-h", "--help"} & set(arguments):
