@@ -22,6 +22,8 @@ from raindecode.errors import ConfigError, PromptError, UnsupportedModelError
 from raindecode.hidden_edits import TAPS, RowEdit, Site, Stage, Tap
 from raindecode.policy.alignez.edits import AlignEZ, Examples, Positions
 from raindecode.search.context import SearchContext
+from rainkernels.errors import RangeError
+from rainkernels.ops.edits import edit_
 
 PROMPTS = ["the inner", "on a", "a"]
 EVERYWHERE = Positions("all")
@@ -317,6 +319,49 @@ def test_an_edit_whose_columns_went_away_is_done_once(monkeypatch: pytest.Monkey
     bank.hold(1, {0: [(site, shared), (site, own)]})
     for number, order in ((1, ["a", ""]), (2, ["", "a"])):
         assert [column.basis for column in bank._columns if column.slot((number, 0))] == order
+
+
+def test_an_edit_whose_columns_were_others_has_every_part_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column that stayed may hold another part of the edit than the one it is to hold now."""
+    monkeypatch.setattr(edits, "_MANY_COLUMNS", 1)
+    bank = EditBank(4, torch.device("cpu"), torch.float32)
+    first, second = Site(0, "mlp_out"), Site(1, "mlp_out")
+    own = Stage(torch.eye(4)[:1], ("add",), (1.0,), (0.0,))
+    shared = Stage(torch.eye(4), ("add",) * 4, (1.0,) * 4, (0.0,) * 4, basis="a")
+    both: Any = {0: [(first, shared), (first, own), (second, own)]}
+    bank.hold(1, both)
+    bank.hold(2, {0: [(first, shared), (first, own)]})
+    (stays,) = [column for column in bank._columns if not column.basis]
+    bank.drop(1, [0])
+    monkeypatch.setattr(bank, "_columns", [stays])  # as if only that one were in use
+    bank.hold(1, both)
+    for site, expected in ((first, [2.0, 1.0, 1.0, 1.0]), (second, [1.0, 0.0, 0.0, 0.0])):
+        row = torch.zeros(1, 4)
+        for layer, tap, table, column in bank.sites:
+            if (layer, tap) == site:
+                edit_(row, table, torch.tensor([bank._columns[column].slot((1, 0))], dtype=torch.int32))
+        assert row.tolist() == [expected]
+
+
+def test_more_directions_at_a_place_than_a_table_holds() -> None:
+    model, decoder = tiny_model("llama", vocab_size=READABLE), tiny_decoder("llama")
+    parts = [edit_of(decoder, ["mlp_out"], k=100, seed=seed).scaled(0.1) for seed in range(3)]
+    whole = AlignEZ(stages=tuple(stage for part in parts for stage in part.stages), strength=0.1, positions=EVERYWHERE)
+    (done,) = answers(decoder, Policy(edits=parts), PROMPTS[:1])
+    assert_as_oracle(model, decoder, done, PROMPTS[0], whole)
+
+
+def test_an_edit_that_does_not_fit_leaves_no_slot_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = EditBank(4, torch.device("cpu"), torch.float32)
+    site = Site(0, "mlp_out")
+    good, bad = (Stage(rows, ("add",), (1.0,), (0.0,)) for rows in (torch.eye(4)[:1], torch.zeros(1, 4)))
+    with pytest.raises(RangeError, match="zero vector"):
+        bank.hold(1, {0: [(site, good)], 1: [(Site(1, "mlp_out"), good), (site, bad)]})
+    (column,) = bank._columns
+    assert not column.is_held
+    assert column.slot((1, 1)) == 0
+    bank.hold(2, {0: [(site, good)]})
+    assert [table.column for table in bank.sites] == [0, 0]
 
 
 def test_names_that_were_forgotten_get_new_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
