@@ -422,7 +422,8 @@ def test_activations_are_those_of_company_or_alone() -> None:
     [
         ({"tap": "q_proj"}, "tap is 'q_proj'; allowed"), ({"layers": [2]}, r"layers are \[2\]; allowed"), ({"layers": []}, "one or more"),
         ({"pool": "max"}, "pool is 'max'; allowed"), ({"model": 1}, "model is 1; allowed: 0 to 0"),
-        ({"passages": ["a"]}, "a pair of texts"),
+        ({"passages": ["a"]}, "a pair of texts"), ({"passages": "a"}, "a list of pairs"), ({"passages": None}, "a list of pairs"),
+        ({"layers": 1}, "layers is 1; allowed"), ({"policy": "a"}, "policy of activations is a str"),
         ({"passages": [("a" * 3000, "")]}, "the context has"), ({"policy": Policy(dera=DeRa(0.0))}, "give its prompt only"),
     ],
 )  # fmt: skip

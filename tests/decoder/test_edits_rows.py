@@ -26,6 +26,7 @@ from raindecode.search.evaluator import as_evaluator
 from raindecode.search.rain import RAIN
 from raindecode.search.scored import Scored
 from rainkernels.errors import RangeError
+from rainkernels.ops.edits import edit_
 
 
 def test_kept_logits_are_those_of_the_same_edits() -> None:
@@ -133,6 +134,30 @@ def test_states_of_all_places_at_once(lane: str) -> None:
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plain[0][0], edited[0][0])  # nothing was edited in front of the first place
     assert all((plain[0][i] - edited[0][i]).abs().max() > 1e-2 for i in range(1, 6))
+
+
+def test_two_bases_at_one_place_are_not_held_by_one_name() -> None:
+    """One of them may drop out for a prompt, and the other must not be taken for it."""
+    made = [
+        torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(s))).Q[:8].contiguous()
+        for s in (0, 1)
+    ]
+    site = Site(0, "mlp_out")
+    stages = tuple((site, Stage(basis, ("tanh",) * 8, (1.0,) * 8, (0.0,) * 8)) for basis in made)
+    edit = AlignEZ(stages=stages, select="cosine")
+    decoder = tiny_decoder("llama")
+    bank = decoder.engine.runner.edits
+    for number, query in enumerate((-made[0].sum(0) - made[1].sum(0), made[0].sum(0)), start=1):
+        resolved = edit.resolve({site: query})
+        bank.hold(number, {0: resolved})
+        row = torch.randn(1, 64, generator=torch.Generator().manual_seed(2))
+        expected = row.double()
+        for _, stage in resolved:
+            u, alphas = stage.directions.double(), torch.tensor(stage.alphas).double()
+            expected = expected + (alphas * torch.tanh(expected @ u.T)) @ u
+        for _, _, table, column in bank.sites:
+            edit_(row, table, torch.tensor([bank._columns[column].slot((number, 0))], dtype=torch.int32))
+        torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_strengths_multiply() -> None:

@@ -192,6 +192,9 @@ class AlignEZ:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, or a GGUF control vector where the name ends in .gguf.
 
+        Strength, `on`, `judge` and `force` are chosen when a safetensors file is loaded and are not written; a control vector
+        holds its strength.
+
         Raises:
             EditFileError: it cannot be written. ConfigError: a control vector cannot say what this edit does.
         """
