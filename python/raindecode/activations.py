@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,6 +43,8 @@ class PassageMaker:
         Raises:
             PromptError: a passage is no pair of texts, empty, or too long.
         """
+        if isinstance(passages, str) or not isinstance(passages, Iterable):
+            raise PromptError(f"passages is {passages!r:.60}; give a list of pairs of texts: prompt and answer")
         return [self._one(passage, i, pool) for i, passage in enumerate(passages)]
 
     def _one(self, passage: object, index: int, pool: Pool) -> tuple[list[int], int]:
@@ -75,6 +77,8 @@ def sites_of(tap: str, layers: Sequence[int] | None, num_layers: int) -> list[Si
     """
     if tap not in TAPS:
         raise ConfigError(f"tap is {tap!r}; allowed: {', '.join(TAPS)}")
+    if layers is not None and (isinstance(layers, str) or not isinstance(layers, Iterable)):
+        raise ConfigError(f"layers is {layers!r}; allowed: a list of layers, or None for all")
     chosen = list(range(num_layers)) if layers is None else list(layers)
     if not chosen or any(not is_whole(layer) or not 0 <= layer < num_layers for layer in chosen):
         raise ConfigError(f"layers are {chosen}; allowed: one or more of 0 to {num_layers - 1}")

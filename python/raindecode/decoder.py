@@ -377,6 +377,8 @@ class Decoder:
             raise ConfigError(f"pool is {pool!r}; allowed: {', '.join(POOLS)}")
         if not is_whole(model) or not 0 <= model < self.num_models:
             raise ConfigError(f"model is {model!r}; allowed: 0 to {self.num_models - 1}")
+        if policy is not None and not isinstance(policy, Policy):
+            raise ConfigError(f"the policy of activations is a {type(policy).__name__}; give a Policy, or None")
         if policy is not None and (policy.dera is not None or policy.edits):
             raise ConfigError("the policy of activations holds dera or edits; give its prompt only")
         runner = self.engine.models[model][0]

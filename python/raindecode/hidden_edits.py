@@ -80,7 +80,7 @@ class EditPlan(Protocol):
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a model is recognised by, whatever number type it is loaded in.
+    """What a model is recognised by, loaded in float32 or in bfloat16.
 
     Attributes:
         architecture: transformers' model type.

@@ -23,7 +23,11 @@ def require_whole(name: str, value: object, least: int) -> None:
 
 def require_finite(name: str, value: object) -> None:
     """Raise ConfigError unless `value` is a finite number."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+    try:
+        finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        finite = False
+    if not finite:
         raise ConfigError(f"{name} is {value!r}; allowed: a finite number")
 
 

@@ -56,6 +56,13 @@ def test_what_is_saved_is_loaded(decoder: Decoder, tmp_path: Path, kind: str) ->
     assert path.read_bytes() == first  # the same edit is the same file
 
 
+def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:
+    stage = Stage(torch.eye(4)[:2], ("add", "set"), (np.float32(0.5), 1), (np.float64(0.25), 0))  # type: ignore[arg-type]
+    AlignEZ(stages=((Site(0, "mlp_out"), stage),)).save(tmp_path / "edit.safetensors")
+    ((_, loaded),) = AlignEZ.load(tmp_path / "edit.safetensors").stages
+    assert (loaded.alphas, loaded.targets) == ((0.5, 1.0), (0.25, 0.0))
+
+
 def test_strength_and_halves_are_the_users(decoder: Decoder, tmp_path: Path) -> None:
     path = tmp_path / "edit.safetensors"
     edit_of(decoder).scaled(3.0).save(path)
@@ -117,6 +124,9 @@ def test_every_lie_in_the_metadata_is_a_typed_error(decoder: Decoder, tmp_path: 
         {"stages": [spec["stages"][0] | {"layer": -1}, *spec["stages"][1:]]},
         {"stages": [spec["stages"][0] | {"tap": "q_proj"}, *spec["stages"][1:]]},
         {"stages": [spec["stages"][0] | {"norm": []}, *spec["stages"][1:]]},
+        {"stages": [spec["stages"][0] | {"alphas": [10**400, 1.0]}, *spec["stages"][1:]]},
+        {"stages": [spec["stages"][0] | {"alphas": "11"}, *spec["stages"][1:]]},
+        {"threshold": 10**400}, {"recipe": [["helpful", "boost", 10**400]]},
     ]  # fmt: skip
     for lie in lies:
         save_tensors(path, tensors, metadata | {"edit": json.dumps(spec | lie)})

@@ -14,14 +14,17 @@ from static_steps import in_operations, with_graphs
 from torch import Tensor
 
 from raindecode import RAIN, Completion, Decoder, DeRa, Policy, Sampling
-from raindecode.engine import edits
+from raindecode.engine import edit_hooks, edits
 from raindecode.engine.branch import Branch
 from raindecode.engine.edits import EditBank, EditNumbers
 from raindecode.engine.engine import Engine
+from raindecode.engine.model_facts import identity_of
 from raindecode.errors import ConfigError, PromptError, UnsupportedModelError
 from raindecode.hidden_edits import TAPS, RowEdit, Site, Stage, Tap
 from raindecode.policy.alignez.edits import AlignEZ, Examples, Positions
 from raindecode.search.context import SearchContext
+from rainkernels.errors import RangeError
+from rainkernels.ops.edits import edit_
 
 PROMPTS = ["the inner", "on a", "a"]
 EVERYWHERE = Positions("all")
@@ -319,6 +322,49 @@ def test_an_edit_whose_columns_went_away_is_done_once(monkeypatch: pytest.Monkey
         assert [column.basis for column in bank._columns if column.slot((number, 0))] == order
 
 
+def test_an_edit_whose_columns_were_others_has_every_part_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column that stayed may hold another part of the edit than the one it is to hold now."""
+    monkeypatch.setattr(edits, "_MANY_COLUMNS", 1)
+    bank = EditBank(4, torch.device("cpu"), torch.float32)
+    first, second = Site(0, "mlp_out"), Site(1, "mlp_out")
+    own = Stage(torch.eye(4)[:1], ("add",), (1.0,), (0.0,))
+    shared = Stage(torch.eye(4), ("add",) * 4, (1.0,) * 4, (0.0,) * 4, basis="a")
+    both: Any = {0: [(first, shared), (first, own), (second, own)]}
+    bank.hold(1, both)
+    bank.hold(2, {0: [(first, shared), (first, own)]})
+    (stays,) = [column for column in bank._columns if not column.basis]
+    bank.drop(1, [0])
+    monkeypatch.setattr(bank, "_columns", [stays])  # as if only that one were in use
+    bank.hold(1, both)
+    for site, expected in ((first, [2.0, 1.0, 1.0, 1.0]), (second, [1.0, 0.0, 0.0, 0.0])):
+        row = torch.zeros(1, 4)
+        for layer, tap, table, column in bank.sites:
+            if (layer, tap) == site:
+                edit_(row, table, torch.tensor([bank._columns[column].slot((1, 0))], dtype=torch.int32))
+        assert row.tolist() == [expected]
+
+
+def test_more_directions_at_a_place_than_a_table_holds() -> None:
+    model, decoder = tiny_model("llama", vocab_size=READABLE), tiny_decoder("llama")
+    parts = [edit_of(decoder, ["mlp_out"], k=100, seed=seed).scaled(0.1) for seed in range(3)]
+    whole = AlignEZ(stages=tuple(stage for part in parts for stage in part.stages), strength=0.1, positions=EVERYWHERE)
+    (done,) = answers(decoder, Policy(edits=parts), PROMPTS[:1])
+    assert_as_oracle(model, decoder, done, PROMPTS[0], whole)
+
+
+def test_an_edit_that_does_not_fit_leaves_no_slot_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = EditBank(4, torch.device("cpu"), torch.float32)
+    site = Site(0, "mlp_out")
+    good, bad = (Stage(rows, ("add",), (1.0,), (0.0,)) for rows in (torch.eye(4)[:1], torch.zeros(1, 4)))
+    with pytest.raises(RangeError, match="zero vector"):
+        bank.hold(1, {0: [(site, good)], 1: [(Site(1, "mlp_out"), good), (site, bad)]})
+    (column,) = bank._columns
+    assert not column.is_held
+    assert column.slot((1, 1)) == 0
+    bank.hold(2, {0: [(site, good)]})
+    assert [table.column for table in bank.sites] == [0, 0]
+
+
 def test_names_that_were_forgotten_get_new_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EditNumbers, "_MOST", 2)
     numbers = EditNumbers()
@@ -376,7 +422,8 @@ def test_activations_are_those_of_company_or_alone() -> None:
     [
         ({"tap": "q_proj"}, "tap is 'q_proj'; allowed"), ({"layers": [2]}, r"layers are \[2\]; allowed"), ({"layers": []}, "one or more"),
         ({"pool": "max"}, "pool is 'max'; allowed"), ({"model": 1}, "model is 1; allowed: 0 to 0"),
-        ({"passages": ["a"]}, "a pair of texts"),
+        ({"passages": ["a"]}, "a pair of texts"), ({"passages": "a"}, "a list of pairs"), ({"passages": None}, "a list of pairs"),
+        ({"layers": 1}, "layers is 1; allowed"), ({"policy": "a"}, "policy of activations is a str"),
         ({"passages": [("a" * 3000, "")]}, "the context has"), ({"policy": Policy(dera=DeRa(0.0))}, "give its prompt only"),
     ],
 )  # fmt: skip
@@ -454,6 +501,88 @@ def test_bad_edits_are_refused_before_anything_runs(make: Any, message: str) -> 
     assert decoder.engine.model_steps == steps
 
 
+def test_an_orthonormal_basis_spans_what_was_given() -> None:
+    """Also behind a direction that adds nothing."""
+    first, second, third = unit(3, 64, 5)
+    given = torch.stack([first, first, second, first - second, third, third])
+    ((_, stage),) = AlignEZ.from_directions({0: given}, op="project", order="orthonormal").stages
+    basis = stage.directions.double()
+    torch.testing.assert_close(basis @ basis.T, torch.eye(3).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(given.double() @ basis.T @ basis, given.double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(basis[0].float(), first)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strength": 10**400}, "finite number"),
+        ({"strength": 1e39}, "allowed: up to 3.4e"),
+        ({"directions": torch.zeros(1, 64)}, "another length than 1"),
+        ({"directions": torch.full((1, 64), 1.0)}, "another length than 1"),
+        ({"directions": torch.tensor(1.0)}, "finite float32"),
+        ({"directions": torch.eye(64)[:1].requires_grad_()}, "finite float32"),
+        ({"directions": torch.eye(64, device="meta")[:1]}, "on the cpu"),
+        ({"site": (0, "mlp_out")}, "no Site"),
+        ({"site": Site(0, "q_proj")}, "allowed: attn_out"),  # type: ignore[arg-type]
+        ({"alphas": (10**400,)}, "finite number"),
+        ({"targets": (1e39,)}, "allowed: up to 3.4e"),
+    ],
+)  # fmt: skip
+def test_stages_of_your_own_are_checked(change: dict[str, Any], message: str) -> None:
+    given = {
+        "directions": torch.eye(64)[:1],
+        "alphas": (1.0,),
+        "targets": (0.0,),
+        "strength": 1.0,
+        "site": Site(0, "mlp_out"),
+    }
+    given |= change
+    with pytest.raises(ConfigError, match=message):
+        AlignEZ(
+            stages=((given["site"], Stage(given["directions"], ("add",), given["alphas"], given["targets"])),),  # type: ignore[arg-type]
+            strength=given["strength"],  # type: ignore[arg-type]
+        )
+
+
+@pytest.mark.parametrize(
+    ("site", "states", "message"),
+    [
+        (Site(-1, "mlp_out"), [(4, 64)] * 3, "layers from 0"),
+        (Site("0", "mlp_out"), [(4, 64)] * 3, "layers from 0"),  # type: ignore[arg-type]
+        (Site(0, "q_proj"), [(4, 64)] * 3, "allowed: attn_out"),  # type: ignore[arg-type]
+        (Site(0, "mlp_out"), [(4, 64), (2, 64), (4, 64)], "three of one shape"),
+        (Site(0, "mlp_out"), [(64,)] * 3, "finite float32"),
+    ],
+)
+def test_examples_of_your_own_are_checked(site: Site, states: list[tuple[int, ...]], message: str) -> None:
+    """Here, and not in a forward that other requests are part of."""
+    examples = Examples(*(torch.ones(shape) for shape in states))
+    recipe: Any = (("harmful", "project", 1.0),)
+    with pytest.raises(ConfigError, match=message):
+        AlignEZ(select="knn", neighbours=2, examples={site: examples}, recipe=recipe)
+    wide = Examples(*(torch.ones(4, 64, dtype=torch.bfloat16) for _ in range(3)))
+    with pytest.raises(ConfigError, match="finite float32"):
+        AlignEZ(select="knn", neighbours=2, examples={Site(0, "mlp_out"): wide}, recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("directions", "options"),
+    [([torch.ones(64)], {}), ({"a": torch.ones(64), 0: torch.ones(64)}, {}), ({0: torch.ones(64)}, {"alpha": 10**400})],
+)
+def test_directions_of_your_own_are_checked(directions: Any, options: Any) -> None:
+    with pytest.raises(ConfigError, match=r"by layer|finite number"):
+        AlignEZ.from_directions(directions, op="add", **options)
+
+
+def test_a_parameter_of_one_number_is_part_of_a_models_fingerprint() -> None:
+    model = copy.deepcopy(tiny_model("llama"))
+    seen = set()
+    for value in (1.0, 2.0):
+        model.register_parameter("scale", torch.nn.Parameter(torch.tensor(value)))
+        seen |= {identity_of(model).fingerprint, identity_of(copy.deepcopy(model).bfloat16()).fingerprint}
+    assert len(seen) == 2
+
+
 def test_another_model_is_refused_unless_forced() -> None:
     decoder, other = tiny_decoder("llama"), tiny_decoder("mistral")
     mine = AlignEZ.from_directions({0: torch.ones(64)}, op="add", model=other.identities[0])
@@ -471,6 +600,18 @@ def test_an_architecture_without_the_place_says_so() -> None:
     del layer.mlp
     with pytest.raises(UnsupportedModelError, match="has no mlp_out"):
         decoder.activations([("a", "")], tap="mlp_out")
+
+
+@pytest.mark.parametrize("select", ["none", "cosine"])
+def test_a_place_that_is_not_there_ends_the_request_that_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch, select: Any
+) -> None:
+    monkeypatch.setitem(edit_hooks._NAMES, "mlp_out", ("perceptron",))
+    decoder = tiny_decoder("gpt2")
+    edit = AlignEZ(stages=edit_of(decoder, ["mlp_out"]).stages, select=select)
+    failed, done = answers(decoder, [Policy(edits=edit), Policy()], PROMPTS[:2], errors="return", max_new_tokens=1)
+    assert isinstance(failed, UnsupportedModelError)
+    assert isinstance(done, Completion)
 
 
 def test_engine_is_the_same_for_plain_requests() -> None:

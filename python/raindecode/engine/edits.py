@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,6 +20,7 @@ from raindecode.engine.batch import Part
 from raindecode.engine.edit_path import EditPath
 from raindecode.hidden_edits import RowEdit, Schedule, Site, Stage, Tap
 from rainkernels.ops.edits import BasisTable, EditTable
+from rainkernels.ops.edits_tables import MAX_DIRECTIONS
 
 Table: TypeAlias = "EditTable | BasisTable"
 _FIRST_SLOTS, _FIRST_DIRECTIONS = 8, 2
@@ -82,8 +82,8 @@ class EditBank:
         self._dtype = dtype
         self._columns: list[_Column] = []
         self._sites: list[SiteTable] = []
-        self._seen = (0, 0)  # tables ever made, and columns, when `_sites` was
-        self._gone = 0  # tables of columns that are gone
+        self._changes = 0  # columns that came or went
+        self._seen = (0, 0)  # changes, and tables made by the columns, when `_sites` was
 
     @property
     def num_columns(self) -> int:
@@ -93,7 +93,7 @@ class EditBank:
     @property
     def sites(self) -> list[SiteTable]:
         """Every table, those of one place in the order they run; the same list until something changes."""
-        made = self._gone + sum(column.tables_made for column in self._columns), len(self._columns)
+        made = self._changes, sum(column.tables_made for column in self._columns)
         if self._seen != made:
             self._sites = [
                 SiteTable(site.layer, site.tap, table, i)
@@ -110,21 +110,21 @@ class EditBank:
             rainkernels.errors.RainKernelsError: a stage does not fit the model; the edit has no slots then.
         """
         self._forget_idle()
-        for member, mine in stages.items():
-            key = number, member
-            held: list[_Column] = []
-            try:
+        held: list[tuple[_Column, tuple[int, int]]] = []
+        try:
+            for member, mine in stages.items():
+                key = number, member
                 placed = self._placed(mine)
                 for column in self._columns:
                     if all(column is not used for used, _ in placed):
                         column.forget(key)  # where the edit lay once, when there were other columns
-                for column, group in placed:
-                    column.hold(key, group)
-                    held.append(column)
-            except Exception:
-                for column in held:
-                    column.drop(key)
-                raise
+                for column, groups in placed:
+                    column.hold(key, groups)
+                    held.append((column, key))
+        except Exception:
+            for column, key in held:
+                column.drop(key)
+            raise
 
     def drop(self, number: int, members: Iterable[int]) -> None:
         """A request that held the edit has ended."""
@@ -155,20 +155,20 @@ class EditBank:
     def _forget_idle(self) -> None:
         """Where there are many columns, let go of those that no request uses: every column is looked at in every forward."""
         if len(self._columns) >= _MANY_COLUMNS:
-            self._gone += sum(column.tables_made for column in self._columns if not column.is_held)
             self._columns = [column for column in self._columns if column.is_held]
+            self._changes += 1
 
-    def _placed(self, stages: Sequence[tuple[Site, Stage]]) -> list[tuple[_Column, dict[Site, list[Stage]]]]:
+    def _placed(self, stages: Sequence[tuple[Site, Stage]]) -> list[tuple[_Column, dict[Site, _Group]]]:
         """Stages by the column that runs them, so that those of one site keep their order."""
         by_site: dict[Site, list[Stage]] = {}
         for site, stage in stages:
             by_site.setdefault(site, []).append(stage)
-        placed: dict[int, dict[Site, list[Stage]]] = {}
+        placed: dict[int, dict[Site, _Group]] = {}
         for site, own in by_site.items():
             at = -1
-            for group in _merged(own):
+            for part, group in enumerate(_merged(own)):
                 at = self._column_after(at, group[0].basis)
-                placed.setdefault(at, {})[site] = group
+                placed.setdefault(at, {})[site] = _Group(part, group)
         return [(self._columns[i], placed[i]) for i in sorted(placed)]
 
     def _column_after(self, at: int, basis: str) -> int:
@@ -176,16 +176,30 @@ class EditBank:
             if self._columns[i].basis == basis:
                 return i
         self._columns.append(_Column(basis, self._hidden_size, self._device, self._dtype))
+        self._changes += 1
         return len(self._columns) - 1
 
 
 def _merged(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """Stages of one site that one table slot can hold: private ones, up to the first that touches the row's length."""
+    """Stages of one site that one table slot can hold: private ones, as far as it has room, up to one that touches the length."""
     groups: list[list[Stage]] = []
-    for plain, run in groupby(stages, key=lambda stage: not stage.basis and stage.norm == "none"):
-        own = list(run)
-        groups += [own] if plain else [[stage] for stage in own]
+    room = 0
+    for stage in stages:
+        plain = not stage.basis and stage.norm == "none"
+        if plain and len(stage.ops) <= room:
+            groups[-1].append(stage)
+            room -= len(stage.ops)
+        else:
+            groups.append([stage])
+            room = MAX_DIRECTIONS - len(stage.ops) if plain else 0
     return groups
+
+
+class _Group(NamedTuple):
+    """Stages of one site in one slot; `part` counts the groups of the edit there."""
+
+    part: int
+    stages: Sequence[Stage]
 
 
 class _Column:
@@ -203,7 +217,7 @@ class _Column:
         self._held: dict[tuple[int, int], int] = {}  # how many requests hold it
         self._idle: OrderedDict[tuple[int, int], None] = OrderedDict()  # filled and held by nobody, oldest first
         self._free = list(range(_FIRST_SLOTS - 1, 0, -1))
-        self._content: dict[int, dict[Site, list[Stage]]] = {}  # by slot, to fill larger tables from
+        self._content: dict[int, dict[Site, _Group]] = {}  # by slot, to fill larger tables from
 
     @property
     def is_held(self) -> bool:
@@ -214,20 +228,22 @@ class _Column:
         """The slot of an edit of a member; 0 where it does nothing here."""
         return self._slots.get(key, 0)
 
-    def hold(self, key: tuple[int, int], stages: dict[Site, list[Stage]]) -> None:
+    def hold(self, key: tuple[int, int], groups: dict[Site, _Group]) -> None:
+        if key in self._idle and _parts(self._content[self._slots[key]]) != _parts(groups):
+            self.forget(key)  # other columns had the rest of it then
         if key in self._slots:
             self._held[key] = self._held.get(key, 0) + 1
             self._idle.pop(key, None)
             return
         slot = self._take()
         try:
-            for site, group in stages.items():
-                self._fill(slot, site, group)
+            for site, group in groups.items():
+                self._fill(slot, site, group.stages)
         except Exception:
             self._clear(slot)
             self._free.append(slot)
             raise
-        self._slots[key], self._held[key], self._content[slot] = slot, 1, stages
+        self._slots[key], self._held[key], self._content[slot] = slot, 1, groups
 
     def drop(self, key: tuple[int, int]) -> None:
         if key not in self._held:
@@ -254,9 +270,13 @@ class _Column:
         if self._free:
             return self._free.pop()
         old, self._num_slots = self._num_slots, 2 * self._num_slots
+        try:
+            for site in list(self.tables):
+                self._remake(site)
+        except Exception:  # of memory: slots that some tables lack are nobody's
+            self._num_slots = old
+            raise
         self._free = list(range(self._num_slots - 1, old - 1, -1))
-        for site in list(self.tables):
-            self._remake(site)
         return self._free.pop()
 
     def _clear(self, slot: int) -> None:
@@ -283,10 +303,15 @@ class _Column:
             table = EditTable.create(self._num_slots, most, self._hidden_size, device=self._device, dtype=self._dtype)
         for slot, content in self._content.items():
             if site in content:
-                _write(table, slot, content[site])
+                _write(table, slot, content[site].stages)
         self.tables[site] = table
         self.tables_made += 1
         return table
+
+
+def _parts(groups: Mapping[Site, _Group]) -> dict[Site, int]:
+    """Which parts of an edit these are; its number stands for the rest."""
+    return {site: group.part for site, group in groups.items()}
 
 
 def _write(table: Table, slot: int, stages: Sequence[Stage]) -> None:

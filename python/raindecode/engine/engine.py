@@ -167,6 +167,7 @@ class Engine:
 
         Raises:
             rainkernels.errors.RainKernelsError: an edit does not fit its model.
+            UnsupportedModelError: its model has no such place.
         """
         edits = list(dict.fromkeys(edit for _, edit in schedule if edit is not None))
         if not edits:
@@ -180,6 +181,7 @@ class Engine:
                     for model, (one, member) in enumerate(self.models)
                     if one is runner and edit.stages.get(model)
                 }
+                runner.check_places(dict.fromkeys(site for stages in mine.values() for site, _ in stages))
                 runner.edits.hold(number, mine)
                 ledger.origin.at_end.append(partial(runner.edits.drop, number, tuple(mine)))
         return path

@@ -25,8 +25,9 @@ def name_of(model: PreTrainedModel) -> str:
 
 
 def identity_of(model: PreTrainedModel) -> ModelIdentity:
-    """What a model is recognised by: its form and a sample of every parameter, in bfloat16, so that the number type it was
-    loaded in does not matter. An adapter of peft inside the model is part of it.
+    """What a model is recognised by: its form and a sample of every parameter, in bfloat16, so that a model is the same loaded in
+    float32 or bfloat16. Not in float16, unless its file is: numbers rounded to that and then to bfloat16 may come out as
+    others. An adapter of peft inside the model is part of it.
     """
     config = model.config.get_text_config()
     digest = hashlib.sha256(repr((config.model_type, config.num_hidden_layers, config.hidden_size)).encode())
@@ -39,7 +40,7 @@ def identity_of(model: PreTrainedModel) -> ModelIdentity:
             [i * (parameter.numel() - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)], device=parameter.device
         )
         index = torch.unravel_index(at, parameter.shape)  # by row and column: parameters may be views of joined memory
-        samples.append(parameter.detach()[index].to(torch.bfloat16))
+        samples.append(parameter.detach()[index].reshape(-1).to(torch.bfloat16))
     digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
     return ModelIdentity(str(config.model_type), config.num_hidden_layers, config.hidden_size, digest.hexdigest()[:32])
 

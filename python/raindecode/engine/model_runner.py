@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,6 +23,7 @@ from raindecode.engine.edit_hooks import EditHooks
 from raindecode.engine.edits import EditBank, RowEdits, Tapped
 from raindecode.engine.fused_model import FusedModel
 from raindecode.errors import UnsupportedModelError
+from raindecode.hidden_edits import Site
 from rainkernels.ops.attention import AttentionBuffers
 from rainkernels.ops.kv import kv_lane
 
@@ -196,6 +197,16 @@ class ModelRunner:
         self.layers = context.layers
         logits: Tensor = out.logits[0]
         return None if states is None else states[0], logits if self._takes_index else logits[index]
+
+    def check_places(self, sites: Iterable[Site]) -> None:
+        """Refuse places that a forward would not find: it would end all requests that are part of it.
+
+        Raises:
+            UnsupportedModelError: the architecture has no module of a place.
+        """
+        if self.fused is None or not self.fused.is_current:
+            for site in sites:
+                self._edit_hooks.module(site)
 
     def fuse(self) -> None:
         """Run from now on as a FusedModel, adapters included. The model must have run once.

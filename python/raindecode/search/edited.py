@@ -34,6 +34,7 @@ def _edited(context: SearchContext, search: Searches) -> Generator[Any, Any, Any
     num_models = len(context.request.mix.weights)
     wants = []
     for model, sites in plan.queries.items():
+        context.engine.models[model][0].check_places(sites)
         alone = Mix(tuple(float(i == model) for i in range(num_models)))
         branch = context.engine.open(context.ledger, ids, alone)
         wants.append(Want(branch, taps=sites, taps_from=len(ids) - 1))

@@ -19,6 +19,7 @@ from torch import Tensor
 from raindecode.errors import ConfigError
 from raindecode.hidden_edits import NORMS, OPS, TAPS, ModelIdentity, Site, Stage
 from raindecode.policy.alignez.directions import cosine_filter, nearest, svd_group
+from raindecode.policy.alignez.given import each, is_plain, require_float32, unit
 from raindecode.policy.alignez.positions import Positions as Positions
 from raindecode.settings import is_whole, require_finite
 
@@ -31,6 +32,7 @@ Group = Literal["helpful", "harmful"]
 MAX_DIRECTIONS = 256  # of one site, as the kernels' tables
 _SHARED_FROM = 8  # directions from which on orthonormal ones are held once for all requests
 _ORTHONORMAL = 1e-4
+_LENGTH = 1e-3  # by which a direction's may differ from 1
 
 
 class Examples(NamedTuple):
@@ -86,8 +88,10 @@ class AlignEZ:
         if not isinstance(self.positions, Positions):
             raise ConfigError(f"positions is a {type(self.positions).__name__}; give Positions(...)")
         require_finite("threshold", self.threshold)
-        self._check_stages()
+        if any(not isinstance(site, Site) for site in (*(site for site, _ in self.stages), *self.examples)):
+            raise ConfigError("an edit names a place that is no Site; give Site(layer, tap)")
         self._check_examples()
+        self._check_stages()
 
     @classmethod
     def from_directions(
@@ -115,12 +119,14 @@ class AlignEZ:
         Raises:
             ConfigError: as the class.
         """
+        if not isinstance(directions, Mapping) or not all(map(is_whole, directions)):
+            raise ConfigError("directions are not given by layer; give {layer: [k, hidden_size]}, layers from 0")
         stages = []
         for layer, given in sorted(directions.items()):
-            vectors = _unit(given, f"directions[{layer}]", order)
+            vectors = unit(given, f"directions[{layer}]", order)
             k = len(vectors)
             stage = Stage(
-                vectors, _each("op", op, k), _each("alpha", alpha, k), _each("target", target, k), norm  # type: ignore[arg-type]
+                vectors, each("op", op, k), each("alpha", alpha, k), each("target", target, k), norm  # type: ignore[arg-type]
             )  # fmt: skip
             stages.append((Site(layer, tap), stage))  # type: ignore[arg-type]
         return cls(stages=tuple(stages), positions=positions or Positions(), model=model)
@@ -148,6 +154,9 @@ class AlignEZ:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, or a GGUF control vector where the name ends in .gguf.
+
+        Strength, `on`, `judge` and `force` are chosen when a safetensors file is loaded and are not written; a control vector
+        holds its strength.
 
         Raises:
             EditFileError: it cannot be written. ConfigError: a control vector cannot say what this edit does.
@@ -218,7 +227,8 @@ class AlignEZ:
 
     def scaled(self, strength: float) -> AlignEZ:
         """The same with its strength multiplied."""
-        return replace(self, strength=self.strength * strength)
+        require_finite("strength", strength)
+        return replace(self, strength=self.strength * float(strength))
 
     @cached_property
     def name(self) -> str:
@@ -280,20 +290,20 @@ class AlignEZ:
         return shared
 
     def _check_stages(self) -> None:
-        sizes = {stage.directions.shape[-1] for _, stage in self.stages}
-        sizes |= {states.shape[-1] for examples in self.examples.values() for states in examples}
-        if len(sizes) != 1:
-            given = f"hidden sizes {sorted(sizes)}" if sizes else "no directions"
-            raise ConfigError(f"an edit was made of {given}; give directions of one hidden size")
+        for site in (*(site for site, _ in self.stages), *self.examples):
+            if site.tap not in TAPS or not is_whole(site.layer) or site.layer < 0:
+                raise ConfigError(
+                    f"an edit names {site.tap!r} of layer {site.layer}; allowed: {', '.join(TAPS)}; layers from 0"
+                )
         for site, stage in self.stages:
             where = f"layer {site.layer}"
-            if site.tap not in TAPS or not is_whole(site.layer) or site.layer < 0:
-                raise ConfigError(f"an edit names {site.tap!r} of {where}; allowed: {', '.join(TAPS)}; layers from 0")
             u = stage.directions
-            if u.dtype != torch.float32 or u.dim() != 2 or not bool(torch.isfinite(u).all()):
-                raise ConfigError(f"the directions of {where} must be finite float32 [k, hidden_size]")
+            if not is_plain(u):
+                raise ConfigError(f"the directions of {where} must be finite float32 [k, hidden_size] on the cpu")
             if not 1 <= len(u) <= MAX_DIRECTIONS:
                 raise ConfigError(f"{where} has {len(u)} directions; allowed: 1 to {MAX_DIRECTIONS}")
+            if not bool(((u.double().norm(dim=1) - 1).abs() < _LENGTH).all()):
+                raise ConfigError(f"a direction of {where} has another length than 1: use AlignEZ.from_directions")
             if not len(u) == len(stage.ops) == len(stage.alphas) == len(stage.targets):
                 raise ConfigError(f"{where} has {len(u)} directions and another number of operations: give one each")
             if any(op not in OPS for op in stage.ops) or stage.norm not in NORMS:
@@ -302,46 +312,32 @@ class AlignEZ:
                 )
             for number in (*stage.alphas, *stage.targets):
                 require_finite(f"a strength or target of {where}", number)
+            require_float32(f"a strength of {where}", [self.strength * float(alpha) for alpha in stage.alphas])
+            require_float32(f"a target of {where}", stage.targets)
+        sizes = {stage.directions.shape[-1] for _, stage in self.stages}
+        sizes |= {states.shape[-1] for examples in self.examples.values() for states in examples}
+        if len(sizes) != 1:
+            given = f"hidden sizes {sorted(sizes)}" if sizes else "no directions"
+            raise ConfigError(f"an edit was made of {given}; give directions of one hidden size")
 
     def _check_examples(self) -> None:
         if (self.select == "knn") != bool(self.examples) or bool(self.examples) != bool(self.recipe):
             raise ConfigError("examples and a recipe belong to select='knn', and to nothing else")
         if self.select != "knn":
             return
+        for site, states in self.examples.items():
+            if not all(map(is_plain, states)) or len({one.shape for one in states}) != 1:
+                raise ConfigError(
+                    f"the examples of layer {site.layer} must be finite float32 [K, hidden_size] on the cpu, three of one shape"
+                )
         fewest = min(len(examples.queries) for examples in self.examples.values())
         if not is_whole(self.neighbours) or not 1 <= self.neighbours <= fewest:
             raise ConfigError(f"neighbours is {self.neighbours}; allowed: 1 to {fewest}, the number of examples")
-        for group, op, alpha in self.recipe:
+        for part in self.recipe:
+            if len(part) != 3:
+                raise ConfigError(f"the recipe holds {part!r}; give a group, an operation and a strength each")
+            group, op, alpha = part
             if group not in ("helpful", "harmful") or op not in OPS:
                 raise ConfigError(f"the recipe names {op!r} of {group!r}; allowed: {', '.join(OPS)}; helpful, harmful")
             require_finite("a strength of the recipe", alpha)
-
-
-def _each(name: str, value: object, k: int) -> tuple[object, ...]:
-    given = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * k
-    if len(given) != k:
-        raise ConfigError(f"{name} has {len(given)} values for {k} directions; give one, or one per direction")
-    return tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in given)
-
-
-def _unit(given: Tensor, name: str, order: str) -> Tensor:
-    """[k, d] float32 of length 1."""
-    if not isinstance(given, Tensor) or not given.is_floating_point() or given.dim() not in (1, 2) or not given.numel():
-        raise ConfigError(f"{name} is {_shape(given)}; give a float tensor [k, hidden_size] or [hidden_size]")
-    vectors = given.detach().to("cpu", torch.float64).reshape(-1, given.shape[-1])
-    lengths = vectors.norm(dim=-1, keepdim=True)
-    if not bool(torch.isfinite(lengths).all()) or not bool((lengths > 0).all()):
-        raise ConfigError(f"{name} holds a zero or non-finite vector; give directions with a length")
-    vectors = vectors / lengths
-    if order == "orthonormal":
-        q, r = torch.linalg.qr(vectors.T)
-        kept = r.diagonal().abs() > 1e-5
-        vectors = (q * r.diagonal().sign()).T[kept].contiguous()
-    elif order != "sequential":
-        raise ConfigError(f"order is {order!r}; allowed: 'sequential', 'orthonormal'")
-    unit: Tensor = vectors.float()
-    return unit
-
-
-def _shape(given: object) -> str:
-    return f"a {given.dtype} tensor {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            require_float32("a strength of the recipe", [self.strength * float(alpha)])

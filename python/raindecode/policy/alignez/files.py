@@ -33,7 +33,10 @@ def save_edit(edit: AlignEZ, path: str | Path) -> None:
     for i, (site, stage) in enumerate(edit.stages):
         tensors[f"stages.{i}.directions"] = stage.directions
         stages.append(
-            {"layer": site.layer, "tap": site.tap, "ops": stage.ops, "alphas": stage.alphas, "targets": stage.targets, "norm": stage.norm}
+            {
+                "layer": int(site.layer), "tap": site.tap, "ops": stage.ops, "alphas": _numbers(stage.alphas),
+                "targets": _numbers(stage.targets), "norm": stage.norm,
+            }
         )  # fmt: skip
     places = []
     for i, (site, examples) in enumerate(edit.examples.items()):
@@ -73,7 +76,14 @@ def load_edit(path: str | Path) -> AlignEZ:
         )
     try:
         return _edit(tensors, metadata)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:  # ConfigError is a ValueError
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # ConfigError is a ValueError
         reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
         raise EditFileError(f"{path} is damaged: {reason}; write it again with `raindecode fit-edit`") from error
 
@@ -155,7 +165,9 @@ def _items(given: object) -> Sequence[dict[str, Any]]:
     return given
 
 
-def _numbers(given: Sequence[float]) -> tuple[float, ...]:
+def _numbers(given: object) -> tuple[float, ...]:
+    if not isinstance(given, (list, tuple)):
+        raise ConfigError("a list of numbers was expected")
     return tuple(float(number) for number in given)
 
 

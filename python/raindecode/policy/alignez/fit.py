@@ -158,6 +158,8 @@ def collect_sides(
     progress: bool | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Hidden states of the helpful and of the harmful answers, [len(layers), len(pairs), hidden_size] float32 each."""
+    if not isinstance(pairs, Sequence) or not all(isinstance(pair, Pair) for pair in pairs):
+        raise ConfigError("pairs are no list of Pair objects; give those of generate_pairs or read_pairs")
     if len(pairs) < 2:
         raise FitError(f"{len(pairs)} pairs were given; give at least two, and more than the directions you ask for")
     check_context(pairs, settings)
