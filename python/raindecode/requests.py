@@ -103,6 +103,11 @@ class RequestMaker:
             return None
         for edit in edits:
             check_fits(edit, self.identities())
+            if edit.on == "aligned" and policy.dera is None:
+                raise ConfigError(
+                    "an edit is for the aligned model, which takes no part without DeRa: give Policy(dera=DeRa(weight), ...) "
+                    "(--lambda), or on='reference'"
+                )
         return Edits(edits, len(self.contexts))
 
     def _format(self, search: Sampling | RAIN | None, policy: object) -> ChatFormat | None:

@@ -92,6 +92,14 @@ def test_the_aligned_half_of_one_model_is_refused(reference: PreTrainedModel) ->
         answers(alone, Policy(edits=AlignEZ(stages=edit.stages, on="aligned")))
 
 
+def test_an_edit_of_a_model_that_takes_no_part_is_refused(both: Any) -> None:
+    decoder = both[0]
+    edit = AlignEZ(stages=edit_of(decoder).stages, on="aligned", force=True)
+    with pytest.raises(ConfigError, match="takes no part without DeRa"):
+        answers(decoder, Policy(edits=edit))
+    assert answers(decoder, Policy(dera=DeRa(0.0), edits=edit))  # a weight of 0 is a choice
+
+
 def test_an_edit_of_the_aligned_model_by_the_prompt(tmp_path: Path) -> None:
     """What is chosen by the prompt is chosen by the state of the model that is edited."""
     reference = reference_model()
