@@ -1,6 +1,6 @@
 """What edits of hidden states (AlignEZ) cost: raindecode beside hooks on plain transformers, many branches in one batch.
 
-Models are `testbed` and random weights in the shapes 25m, 110m and 1b. Every layer's output of --tap is edited along
+Models are `testbed` and random weights in the shapes 25m, 110m, 1b and 7b. Every layer's output of --tap is edited along
 --directions random directions, the share along the first taken away and that along the next doubled, and so on.
 
 engines
@@ -58,7 +58,7 @@ from raindecode.policy.alignez.presets import PRESETS  # noqa: E402
 Row = dict[str, Any]
 Samples = dict[str, list[list[float]]]
 ENGINES = (*OURS, *THEIRS)
-MODELS = ("testbed", "25m", "110m", "1b")
+MODELS = ("testbed", "25m", "110m", "1b", "7b")
 MOST_ADDED, MOST_OF_HOOKS, MOST_OF_ONE, MOST_OF_FORWARDS = 0.02, 1 / 3, 1.2, 1.2
 _JUDGED = {
     "shape": "110m",

@@ -128,6 +128,9 @@ def make_parts(*, quick: bool, dry: bool) -> list[Part]:
     dera = ("--shape", "1b" if quick else "7b", *dera)
     if dry:
         dera = ("--shape", "testbed", "--context", "8", "--rounds", "1", "--steps", "3")
+    edits = ("--shape", "1b" if quick else "7b", "--rows", "64", "--rounds", "1", "--dtype", "bfloat16", "--no-fit")
+    if dry:
+        edits = ("--shape", "testbed", "--quick", "--no-fit")
     cases = (_PYTHON, "benchmarks/acceptance/cases.py", *device)
     watched = (*cases, "--small", "--json", "{result}")
     sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "86")
@@ -144,9 +147,10 @@ def make_parts(*, quick: bool, dry: bool) -> list[Part]:
         ),
         Part("cases", (*cases, *small, *result), 30),
         Part("kernels", (_PYTHON, "benchmarks/bench_kernels.py", *device, *fast, "--budget", "2", *result), 105),
-        Part("decode_step", (_PYTHON, "benchmarks/decode_step.py", *device, *steps, *result), 85),
+        Part("decode_step", (_PYTHON, "benchmarks/decode_step.py", *device, *steps, *result), 75),
         Part("engine_step", (_PYTHON, "benchmarks/engine_step.py", *device, *engine, *result), 30),
-        Part("dera_step", (_PYTHON, "benchmarks/bench_dera.py", *device, *dera, *result), 50),
+        Part("dera_step", (_PYTHON, "benchmarks/bench_dera.py", *device, *dera, *result), 45),
+        Part("alignez_step", (_PYTHON, "benchmarks/bench_alignez.py", *device, *edits, *result), 30),
         # Every allocation its own, so that a read past one tensor is not a read inside another.
         Part(
             "sanitizer", watched if dry else (*sanitizer, *watched), 30, None if dry else sanitizer[0],

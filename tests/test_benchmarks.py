@@ -385,7 +385,7 @@ def test_wall_time_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- gpu_acceptance ---------------------------------------------------------------------------------------------------
 
-DRY = ("environment", "build", "doctor", "cases", "kernels", "decode_step", "engine_step", "dera_step")
+DRY = ("environment", "build", "doctor", "cases", "kernels", "decode_step", "engine_step", "dera_step", "alignez_step")
 
 
 def check_acceptance(record: dict[str, Any]) -> None:
@@ -411,6 +411,8 @@ def check_acceptance(record: dict[str, Any]) -> None:
         assert (row["status"], set(row["times"])) == ("ok", {"engine"})  # no graphs on a CPU
     assert parts["dera_step"]["same"]
     assert {"single", "lora_pair", "two_models"} <= set(parts["dera_step"]["step_ms"])
+    assert parts["alignez_step"]["same"]
+    assert {"none", "edits", "edits_256", "hooks"} <= set(parts["alignez_step"]["step_ms"])
     assert all(goal["met"] is None for goal in record["goals"])  # nothing on a CPU counts
 
 
@@ -562,6 +564,17 @@ def test_goals() -> None:
     assert added["measured"] == pytest.approx(32 * 2.0 / 8e3)
     assert added["met"] is True
     assert "note" not in added
+
+
+def test_the_goal_of_edits_counts_a_gpu_and_the_7b_shape_only() -> None:
+    def goal(record: dict[str, Any]) -> dict[str, Any]:
+        return next(one for one in goals({"alignez_step": {"result": record}}) if one["name"].startswith("AlignEZ"))
+
+    record = {"shape": "7b", "same": True, "device_type": "cuda", "added_share": {"edits": 0.004}}
+    assert (goal(record)["measured"], goal(record)["met"]) == (0.004, True)
+    assert goal(record | {"added_share": {"edits": 0.02}})["met"] is False
+    for other in ({"same": False}, {"shape": "1b"}, {"device_type": "cpu"}):
+        assert goal(record | other)["met"] is None
 
 
 def test_the_goal_of_a_pair_counts_right_tokens_of_the_7b_shape_only() -> None:

@@ -14,7 +14,7 @@ _STEP_ROWS, _STEP_PREFIX = 40, 4096
 
 
 def goals(parts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Goals from the findings of the parts "kernels", "decode_step" and "dera_step"."""
+    """Goals from the findings of the parts "kernels", "decode_step", "dera_step" and "alignez_step"."""
     rows = _rows(parts, "kernels")
     found = []
     for branches in (40, 160):
@@ -39,7 +39,18 @@ def goals(parts: dict[str, Any]) -> list[dict[str, Any]]:
     found.append(
         _at_most("DeRa, 7B LoRA pair, batch 1, context 2,048: time over that of one model's step", 1.15, pair, None)
     )
+    added = _added(parts, "7b", "edits")
+    found.append(_at_most("AlignEZ, 7B step of 64 rows, two edits in every layer: share added", 0.01, added, None))
     return found
+
+
+def _added(parts: dict[str, Any], shape: str, engine: str) -> float | None:
+    """Share of a step that bench_alignez.py found added on a GPU, where what was decoded was right."""
+    record = parts.get("alignez_step", {}).get("result") or {}
+    if record.get("shape") != shape or record.get("device_type") != "cuda" or not record.get("same"):
+        return None
+    share = record.get("added_share", {}).get(engine)
+    return None if share is None else float(share)
 
 
 def _ratio(parts: dict[str, Any], shape: str, pair: str) -> float | None:
