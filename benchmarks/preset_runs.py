@@ -31,6 +31,7 @@ from raindecode.types import Completion
 Row = dict[str, Any]
 FIRST_WORD: Final = Positions("last", end=0)  # only the row that the answer's first token is drawn from
 RATES: Final = ("harmful", "helpful", "known")
+KINDS: Final = ("all", "harmful", "benign")  # of requests
 _FORMAT: Final = RAIN.preset("town").format
 _SEED_STEP: Final = 100_000  # between the answers of two runs
 _UNSEEN: Final = 1_000  # validation requests are drawn with seeds from here on
@@ -198,32 +199,39 @@ def pooled(runs: Sequence[Row]) -> Row:
 
 
 def rain_counts(requests: Sequence[testbed.Request], answers: Sequence[Completion]) -> Row:
-    """`counts`, and what the searches took per answer; `each` holds the iterations of every answer."""
-    each = [answer.stats.iterations for answer in answers]
-    kinds = {
-        kind: fmean(n for n, request in zip(each, requests, strict=True) if request.harmful == harmful)
-        for kind, harmful in (("harmful", True), ("benign", False))
-    }
+    """`counts`, and by kind of request the iterations and the tokens of an answer; `each` holds the iterations of every one."""
+    iterations, tokens = [one.stats.iterations for one in answers], [len(one.token_ids) for one in answers]
+    each = {kind: _of_kind(kind, requests, iterations) for kind in KINDS}
     return counts(requests, answers) | {
-        "iterations": {"all": fmean(each), **kinds},
-        "evaluations": fmean(answer.stats.evaluations for answer in answers),
+        "iterations": {kind: fmean(numbers) for kind, numbers in each.items()},
+        "tokens": {kind: fmean(_of_kind(kind, requests, tokens)) for kind in KINDS},
+        "evaluations": fmean(one.stats.evaluations for one in answers),
         "each": each,
     }
 
 
+def _of_kind(kind: str, requests: Sequence[testbed.Request], numbers: Sequence[int]) -> list[int]:
+    return [n for n, one in zip(numbers, requests, strict=True) if kind == "all" or one.harmful == (kind == "harmful")]
+
+
 def pooled_rain(runs: Sequence[Row], alone: Sequence[Row]) -> Row:
-    """`pooled`, with iterations and how many fewer they are than those of `alone`, with a 95 % interval of the paired mean."""
+    """`pooled`, with iterations, and how many fewer they are than those of `alone`: paired means with 95 % intervals."""
     found = pooled(runs)
-    found["iterations"] = {kind: fmean(run["iterations"][kind] for run in runs) for kind in runs[0]["iterations"]}
+    for name in ("iterations", "tokens"):
+        found[name] = {kind: fmean(run[name][kind] for run in runs) for kind in KINDS}
     found["evaluations"] = fmean(run["evaluations"] for run in runs)
-    fewer = [
+    found["fewer_iterations"] = {kind: _fewer(alone, runs, kind) for kind in KINDS}
+    return found
+
+
+def _fewer(alone: Sequence[Row], runs: Sequence[Row], kind: str) -> Row:
+    saved = [
         a - b
         for before, after in zip(alone, runs, strict=True)
-        for a, b in zip(before["each"], after["each"], strict=True)
+        for a, b in zip(before["each"][kind], after["each"][kind], strict=True)
     ]
-    half = _Z95 * stdev(fewer) / math.sqrt(len(fewer))
-    found["fewer_iterations"] = {"mean": fmean(fewer), "ci": [fmean(fewer) - half, fmean(fewer) + half]}
-    return found
+    half = _Z95 * stdev(saved) / math.sqrt(len(saved))
+    return {"mean": fmean(saved), "ci": [fmean(saved) - half, fmean(saved) + half]}
 
 
 def both_positions(name: str, edit: AlignEZ) -> dict[str, AlignEZ]:

@@ -50,25 +50,26 @@ def preset_rows(record: Row | None) -> str:
 
 
 def rain_rows(record: Row) -> str:
-    """Iterations of RAIN alone and with the best preset."""
+    """Iterations of RAIN alone and with the best preset, by kind of request: replies in another style have another length."""
     n = record["sizes"]["rain"]
-    header = [
-        "search",
-        "iterations each",
-        "harmful requests",
-        "harmless requests",
-        "fewer than alone",
-        "tokens processed each",
-    ]
+    header = ["search"]
+    for kind in ("harmful", "harmless"):
+        header += [f"iterations, {kind}", "fewer than alone", "tokens each"]
     rows = []
     for name, row in record["rain"].items():
-        fewer = row["fewer_iterations"]
-        saved = "" if name == "RAIN" else f"{fewer['mean']:.1f} ({fewer['ci'][0]:.1f} to {fewer['ci'][1]:.1f})"
-        many = row["iterations"]
-        costs = [f"{many[kind]:.1f}" for kind in ("all", "harmful", "benign")]
-        rows.append([name, *costs, saved, f"{row['tokens_processed']:,.0f}", *_rates(row)])
-    about = f"RAIN, preset `town`, on {n} + {n} of these requests per run; fewer: mean over the same requests, 95 % interval.\n\n"
-    return about + table([*header, _HARMFUL, _HELPFUL], rows)
+        cells = [name]
+        for kind in ("harmful", "benign"):
+            fewer = row["fewer_iterations"][kind]
+            saved = "" if name == "RAIN" else f"{fewer['mean']:.1f} ({fewer['ci'][0]:.1f} to {fewer['ci'][1]:.1f})"
+            cells += [f"{row['iterations'][kind]:.1f}", saved, f"{row['tokens'][kind]:.1f}"]
+        each = row["iterations"]["all"] / row["tokens"]["all"]
+        rows.append([*cells, f"{each:.2f}", f"{row['tokens_processed']:,.0f}", *_rates(row)])
+    goal = record["goals"]["rain_fewer_iterations"]
+    about = (
+        f"RAIN, preset `town`, on {n} + {n} of these requests per run. Fewer: mean over the same requests, 95 % interval; over both kinds\n"
+        f"with `{record['best']}`: {goal['fewer']:.1f} ({goal['fewer_ci'][0]:.1f} to {goal['fewer_ci'][1]:.1f}).\n\n"
+    )
+    return about + table([*header, "iterations per token", "tokens processed each", _HARMFUL, _HELPFUL], rows)
 
 
 def dera_rows(record: Row) -> str:

@@ -19,6 +19,7 @@ import alignez_presets  # noqa: E402
 from alignez_presets import BASE, BASELINES, QUICK, checked, chosen, goals, main, parser, passes, tidy  # noqa: E402
 from preset_runs import (  # noqa: E402
     FIRST_WORD,
+    KINDS,
     Run,
     Sizes,
     both_positions,
@@ -26,6 +27,7 @@ from preset_runs import (  # noqa: E402
     counts,
     pooled,
     pooled_rain,
+    rain_counts,
     share,
     variants,
 )
@@ -89,19 +91,31 @@ def test_rates_are_counted_by_kind_and_pooled_by_cases() -> None:
     assert both["harmful"]["ci"] == list(Rate(40, 200).interval)
 
 
-def test_fewer_iterations_are_paired() -> None:
+def test_fewer_iterations_are_paired_by_kind() -> None:
+    town = [testbed.parse_request(f"How do I {deed} of the baker?") for deed in ("burn the barn", "paint the fence")]
+
     def arm(*each: int) -> dict[str, Any]:
-        mean = sum(each) / len(each)
-        costs = {"tokens_generated": 1.0, "tokens_processed": 1.0, "evaluations": 2.0}
-        return row(1, 1) | costs | {"each": list(each), "iterations": {"all": mean}}
+        said = [
+            SimpleNamespace(
+                text="",
+                token_ids=[1] * (n // 2),
+                stats=SimpleNamespace(tokens_processed=1, iterations=n, evaluations=2),
+            )
+            for n in each
+        ]
+        return rain_counts(town, said)  # type: ignore[arg-type]
 
     alone = [arm(10, 50), arm(20, 40)]
-    fewer = pooled_rain([arm(8, 46), arm(18, 36)], alone)["fewer_iterations"]
-    assert fewer["mean"] == 3.0
+    assert alone[0]["iterations"] == {"all": 30, "harmful": 10, "benign": 50}
+    assert alone[0]["tokens"] == {"all": 15, "harmful": 5, "benign": 25}
+    found = pooled_rain([arm(8, 46), arm(18, 36)], alone)
+    assert found["iterations"] == {"all": 27, "harmful": 13, "benign": 41}
+    fewer = found["fewer_iterations"]
+    assert {kind: one["mean"] for kind, one in fewer.items()} == {"all": 3.0, "harmful": 2.0, "benign": 4.0}
     half = 1.959964 * math.sqrt(4 / 3) / 2
-    assert fewer["ci"] == pytest.approx([3 - half, 3 + half], abs=1e-6)
-    assert pooled_rain(alone, alone)["fewer_iterations"] == {"mean": 0.0, "ci": [0.0, 0.0]}
-    assert pooled_rain([arm(11, 51), arm(20, 40)], alone)["fewer_iterations"]["mean"] == -0.5
+    assert fewer["all"]["ci"] == pytest.approx([3 - half, 3 + half], abs=1e-6)
+    assert fewer["harmful"]["ci"] == [2.0, 2.0]
+    assert pooled_rain([arm(12, 50), arm(20, 40)], alone)["fewer_iterations"]["all"]["mean"] == -0.5
 
 
 def test_cosines_are_those_of_what_is_boosted_and_rejected() -> None:
@@ -143,8 +157,8 @@ def test_the_best_keeps_helpfulness_and_baselines_are_apart() -> None:
     ],
 )
 def test_goals_say_what_was_reached(after: dict[str, Any], fewer: list[float], met: tuple[bool, ...]) -> None:
-    runs = [{"iterations": {"all": 40.0}}]
-    rain = {"iterations": {"all": 40.0}, "runs": runs, "fewer_iterations": {"mean": sum(fewer) / 2, "ci": fewer}}
+    runs, saved = [{"iterations": {"all": 40.0}}], {"mean": sum(fewer) / 2, "ci": fewer}
+    rain = {"iterations": {"all": 40.0}, "runs": runs, "fewer_iterations": dict.fromkeys(KINDS, saved)}
     before = row(50, 94)
     record = {
         "best": "svd", "presets": {BASE: before | {"runs": [before]}, "svd": after | {"runs": [after]}},
@@ -197,10 +211,10 @@ def test_a_quick_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_one_run_of_two_presets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     few = {name: one for name, one in variants().items() if name in ("svd, end=0", "mean-diff")}
     monkeypatch.setattr(alignez_presets, "variants", lambda: few)
-    monkeypatch.setattr(alignez_presets, "QUICK", Sizes(pairs=8, requests=3, validation=2, rain=1))
+    monkeypatch.setattr(alignez_presets, "QUICK", Sizes(pairs=8, requests=3, validation=2, rain=2))
     assert main(["--quick", "--pair-seeds", "4,5"]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    check_record(record, Sizes(pairs=8, requests=3, validation=2, rain=1), [4], few)
+    check_record(record, Sizes(pairs=8, requests=3, validation=2, rain=2), [4], few)
 
 
 def check_record(record: dict[str, Any], sizes: Sizes, seeds: list[int], names: dict[str, Any] | None = None) -> None:
