@@ -11,6 +11,7 @@
         --plot docs/methods/dera-sweep.svg --overwrite --json | tail -n 1 > benchmarks/results/town-sweep.json
     python benchmarks/check_widths.py --json benchmarks/results/widths-float32.json      # and --dtype bfloat16
     python benchmarks/profile_step.py --json benchmarks/results/step.json
+    python benchmarks/alignez_presets.py --json benchmarks/results/alignez-testbed.json
     python benchmarks/update_readme.py
 
 The newest record of each kernel family counts, and of the GPU files the newest. What no record holds is "not yet measured".
@@ -26,6 +27,7 @@ from pathlib import Path
 from alignez_tables import edit_records, edit_steps, fit_times
 from dera_tables import dera_records, dera_steps, dera_sweep, sweep_rows
 from doc_tables import load, steps, widths
+from preset_tables import preset_rows
 from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu, rain, rain_records, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +35,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 DOCS = ROOT / "docs" / "benchmarks.md"
 DERA = ROOT / "docs" / "methods" / "dera.md"
+ALIGNEZ = ROOT / "docs" / "methods" / "alignez.md"
 
 
 def town() -> str:
@@ -83,6 +86,7 @@ def main() -> None:
     for path, contents in (
         (README, {"results": "\n".join(parts)}),
         (DERA, {"sweep": sweep_rows(load(RESULTS / "town-sweep.json"))}),
+        (ALIGNEZ, {"presets": preset_rows(load(RESULTS / "alignez-testbed.json"))}),
         (DOCS, {"widths": agreement, "step": steps(load(RESULTS / "step.json"))}),
     ):
         text = updated = path.read_text(encoding="utf-8")
