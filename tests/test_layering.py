@@ -30,6 +30,7 @@ _LAYERS = [
     ("raindecode.policy", 20),
     ("raindecode.engine", 10),
     ("raindecode.text", 5),
+    ("raindecode.figures", 5),
     ("raindecode.progress", 5),
     ("raindecode.settings", 5),
     ("raindecode.types", 5),

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
         AdapterError,
         CapacityError,
         ConfigError,
+        EditFileError,
         EvaluatorError,
+        FitError,
         ModelError,
         NumericError,
         PromptError,
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         VocabularyError,
     )
+    from raindecode.policy.alignez.edits import AlignEZ
+    from raindecode.policy.alignez.elicitation import Elicitation
+    from raindecode.policy.alignez.pairs import Pair, read_pairs
+    from raindecode.policy.alignez.positions import Positions
     from raindecode.policy.dera import DeRa
     from raindecode.policy.policy import Policy
     from raindecode.policy.prompt import ChatFormat
@@ -37,12 +43,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ERRORS = (
-    "AdapterError", "CapacityError", "ConfigError", "EvaluatorError", "ModelError", "NumericError", "PromptError",
-    "RainDecodeError", "RequestCancelled", "UnsupportedModelError", "VocabularyError",
+    "AdapterError", "CapacityError", "ConfigError", "EditFileError", "EvaluatorError", "FitError", "ModelError", "NumericError",
+    "PromptError", "RainDecodeError", "RequestCancelled", "UnsupportedModelError", "VocabularyError",
 )  # fmt: skip
 # Loaded when first asked for: importing torch and transformers takes seconds, `raindecode --help` should not.
 _HOME = {
     "Decoder": "decoder",
+    "AlignEZ": "policy.alignez.edits",
+    "Positions": "policy.alignez.positions",
+    "Elicitation": "policy.alignez.elicitation",
+    "Pair": "policy.alignez.pairs",
+    "read_pairs": "policy.alignez.pairs",
     "DeRa": "policy.dera",
     "Policy": "policy.policy",
     "ChatFormat": "policy.prompt",
@@ -64,6 +75,7 @@ _HOME = {
 __all__ = [
     "RAIN",
     "AdapterError",
+    "AlignEZ",
     "CallableEvaluator",
     "CapacityError",
     "ChatFormat",
@@ -72,12 +84,17 @@ __all__ = [
     "ConfigError",
     "DeRa",
     "Decoder",
+    "EditFileError",
+    "Elicitation",
     "EvaluatorError",
+    "FitError",
     "HiddenStates",
     "JudgeTemplate",
     "ModelError",
     "NumericError",
+    "Pair",
     "Policy",
+    "Positions",
     "PromptError",
     "RainDecodeError",
     "RequestCancelled",
@@ -90,6 +107,7 @@ __all__ = [
     "UnsupportedModelError",
     "VocabularyError",
     "__version__",
+    "read_pairs",
 ]
 
 

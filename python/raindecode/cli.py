@@ -1,4 +1,4 @@
-"""The command line: ``raindecode generate | eval | sweep | bench | doctor | demo``. Each command is a module of raindecode.commands."""
+"""The command line: ``raindecode COMMAND``. Each command is a module of raindecode.commands."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Annotated
 import typer
 
 import raindecode
+from raindecode.commands.bake_edit import EXAMPLES as BAKE_EXAMPLES
+from raindecode.commands.bake_edit import bake_edit
 from raindecode.commands.bench import PASSED_ON, alignez, dera, rain
 from raindecode.commands.common import guarded, quiet_libraries
 from raindecode.commands.demo import demo
 from raindecode.commands.doctor import doctor
 from raindecode.commands.eval import EXAMPLES as EVAL_EXAMPLES
 from raindecode.commands.eval import evaluate
+from raindecode.commands.fit_edit import EXAMPLES as FIT_EXAMPLES
+from raindecode.commands.fit_edit import fit_edit
 from raindecode.commands.generate import EXAMPLES as GENERATE_EXAMPLES
 from raindecode.commands.generate import generate
 from raindecode.commands.sweep import EXAMPLES as SWEEP_EXAMPLES
@@ -32,6 +36,8 @@ app = typer.Typer(
 app.command("generate", epilog=GENERATE_EXAMPLES)(guarded(generate))
 app.command("eval", epilog=EVAL_EXAMPLES)(guarded(evaluate))
 app.command("sweep", epilog=SWEEP_EXAMPLES)(guarded(sweep))
+app.command("fit-edit", epilog=FIT_EXAMPLES)(guarded(fit_edit))
+app.command("bake-edit", epilog=BAKE_EXAMPLES)(guarded(bake_edit))
 bench = typer.Typer(
     no_args_is_help=True, help="Benchmarks of the source checkout; `--benchmarks DIR` says where it is."
 )

@@ -14,6 +14,7 @@ from typing import Any, Final
 from raindecode import testbed
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
+from raindecode.policy.alignez.edits import AlignEZ
 from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
 from raindecode.search.rain import RAIN
@@ -216,6 +217,7 @@ def evaluate_town(
     seed: int = 0,
     max_new_tokens: int = MAX_NEW_TOKENS,
     dera: DeRa | None = None,
+    edits: Sequence[AlignEZ] = (),
     known: Mapping[int, Judged] | None = None,
     on_answer: Callable[[int, Judged], None] | None = None,
     progress: bool | None = None,
@@ -225,6 +227,7 @@ def evaluate_town(
     Args:
         search: a key of SEARCHES.
         dera: how the decoder's models are mixed; None takes the reference alone.
+        edits: of hidden states.
         known: answers of an earlier run by request; these requests are not run.
         on_answer: called with (request, answer) as each other one finishes.
         progress: as in Decoder.generate.
@@ -242,7 +245,7 @@ def evaluate_town(
     left = [i for i in range(len(requests)) if i not in answers]
     chosen = SEARCHES[search]()
     asked = decoder.requests(
-        [requests[i].text for i in left], search=chosen, policy=Policy(prompt=RAIN.preset("town").format, dera=dera),
+        [requests[i].text for i in left], search=chosen, policy=Policy(prompt=RAIN.preset("town").format, dera=dera, edits=edits),
         max_new_tokens=max_new_tokens, seed=[seed + i for i in left],
     )  # fmt: skip
     failed: list[BaseException] = []

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from raindecode.errors import ConfigError
+from raindecode import figures
 
 Values: TypeAlias = "Sequence[tuple[float, tuple[float, float] | None]]"  # mean and interval per point
-SUFFIXES: Final = (".png", ".svg", ".pdf")
 _BLUE: Final = "#1f5fa8"
-
-
-def check_plot(path: str | Path) -> None:
-    """Refuse what cannot be drawn, before anything has run.
-
-    Raises:
-        ConfigError: the suffix is not one of SUFFIXES, or matplotlib is not installed.
-    """
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"the plot is to go to {str(path)!r}; allowed: a file that ends in {', '.join(SUFFIXES)}")
-    _figure_class()
 
 
 def save_figure(
@@ -40,11 +27,11 @@ def save_figure(
         panels: (what the vertical axis is, values of the points); a mean that is nan leaves a gap.
 
     Raises:
-        ConfigError: see check_plot.
+        ConfigError: see figures.check_plot.
         OSError: the file cannot be written.
     """
-    check_plot(path)
-    figure = _figure_class()(figsize=(4.4 * len(panels), 3.3), layout="constrained")
+    figures.check_plot(path)
+    figure = figures.new_figure(4.4 * len(panels), 3.3)
     order = sorted(range(len(labels)), key=lambda i: i if at is None else at[i])
     x = [float(i) if at is None else at[i] for i in order]
     for i, (name, values) in enumerate(panels, start=1):
@@ -54,9 +41,7 @@ def save_figure(
         axes.set_ylabel(name)
         if at is None:
             axes.set_xticks(x, [labels[j] for j in order])
-    drawn = BytesIO()  # whole before the file is touched: what it held stays when drawing fails
-    figure.savefig(drawn, dpi=160, format=Path(path).suffix.lower().removeprefix("."))
-    Path(path).write_bytes(drawn.getvalue())
+    figures.save_figure(figure, path)
 
 
 def _draw(axes: Any, x: Sequence[float], values: Values, *, joined: bool) -> None:
@@ -68,12 +53,3 @@ def _draw(axes: Any, x: Sequence[float], values: Values, *, joined: bool) -> Non
             axes.plot([at, at], interval, color=_BLUE, linewidth=1.0, alpha=0.7)
     axes.grid(axis="y", linewidth=0.5, alpha=0.4)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _figure_class() -> Any:
-    """matplotlib's Figure, used without pyplot: the caller's backend stays as it is."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib, which is not installed: pip install 'rainkernels[bench]'") from error
-    return Figure

@@ -90,14 +90,14 @@ def refusal(result: Result) -> str:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["generate", "eval", "sweep", "bench", "doctor", "demo", "Exit codes"]),
+        ([], ["generate", "eval", "sweep", "fit-edit", "bake-edit", "bench", "doctor", "demo", "Exit codes"]),
         (
             ["bench"],
             [
                 "rain",
                 "What one RAIN answer costs",
                 "dera",
-                "What one token of DeRa costs",
+                "one token of DeRa",
                 "alignez",
                 "What edits of hidden states",
             ],
@@ -105,6 +105,8 @@ def refusal(result: Result) -> str:
         (["generate"], ["--search", "--preset", "--top-p", "--tree", "--no-exact", "Examples", "raindecode generate"]),
         (["eval"], ["--num-harmful", "--json", "--lambda", "Examples", "raindecode eval"]),
         (["sweep"], ["--lambdas", "--adapter", "--target-kl", "--plot", "Examples", "raindecode sweep"]),
+        (["fit-edit"], ["--preset", "--pairs", "--report", "last:0-8", "Examples", "raindecode fit-edit"]),
+        (["bake-edit"], ["FILE[:STRENGTH]", "--positions", "Examples", "raindecode bake-edit"]),
         (["doctor"], ["--model", "exit code 1"]),
         (["demo"], ["prompt", "Your own request"]),
     ],

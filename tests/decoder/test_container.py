@@ -60,8 +60,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert metadata == METADATA
     assert [p.name for p in tmp_path.iterdir()] == ["edit.safetensors"]
     found["scalar"] += 1  # its own memory, which may be written to
-    save_tensors(path, {}, {})
-    assert load_tensors(path) == ({}, {})
+    save_tensors(path, {"a": ONE}, {})
+    assert load_tensors(path)[1] == {}
+    same(found, {**some_tensors(), "scalar": torch.tensor(3.5)})  # and which does not change with the file
 
 
 def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
@@ -69,18 +70,17 @@ def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
     save_tensors(path, some_tensors(), METADATA)
     same(load_file(path), some_tensors())
     with safe_open(path, "pt") as opened:
-        assert opened.metadata() == METADATA
+        assert json.loads(opened.metadata()["raindecode"]) == METADATA
 
 
 def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "edit.safetensors"
     given_ = {name: tensor.clone().contiguous() for name, tensor in some_tensors().items()}
-    save_file(given_, path, metadata=METADATA)
-    found, metadata = load_tensors(path)
-    same(found, given_)
-    assert metadata == METADATA
-    save_file(given_, path)
-    assert load_tensors(path)[1] == {}
+    for metadata in (None, METADATA):
+        save_file(given_, path, metadata=metadata)
+        found, texts = load_tensors(path)
+        same(found, given_)
+        assert texts == {}  # not ours
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -100,57 +100,39 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
 
 
 EIGHT = struct.pack("<2f", 1, 2)
+OURS: Any = {"a": entry()}
 BAD = {
-    "empty": (b"", "has 0 bytes"),
-    "seven bytes": (b"\0" * 7, "has 7 bytes"),
-    "a pickle": (pickle.dumps({"a": 1}), "pickle"),
-    "a zip archive": (b"PK\x03\x04" + bytes(60), "pickle or a zip archive"),
-    "a text": (b"# directions of layer 3\n", "header would have"),
-    "gguf": (b"GGUF\x03\0\0\0" + bytes(40), "header would have"),
-    "huge header": (file({}, length=2**64 - 1), "header would have 18446744073709551615 bytes"),
-    "header longer than the file": (file({}, length=3), "header would have 3 bytes"),
-    "no header": (struct.pack("<Q", 0), "no JSON"),
-    "broken json": (file(b'{"a":'), "no JSON"),
-    "no utf-8": (file(b'{"\xff":1}'), "no JSON"),
-    "deep json": (file(b"[" * 200_000), "no JSON"),
-    "long number": (file(b'{"a":' + b"9" * 10_000 + b"}"), "no JSON"),
-    "half a surrogate": (file(rb'{"__metadata__":{"a":"\ud800"}}'), "no JSON"),
-    "a list": (file([]), "no object"),
-    "name twice": (file(b'{"a":1,"a":1}'), "a name twice"),
-    "field twice": (file(b'{"a":{"dtype":"F32","dtype":"F32"}}'), "a name twice"),
-    "metadata a list": (file({"__metadata__": []}), "__metadata__ are not texts"),
-    "metadata a number": (file({"__metadata__": {"a": 1}}), "__metadata__ are not texts"),
-    "entry a number": (file({"a": 1}), "entry of 'a'"),
-    "entry without shape": (file({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, EIGHT), "entry of 'a'"),
-    "entry with more": (file({"a": {**entry(), "x": 1}}, EIGHT), "entry of 'a'"),
-    "bool": (file({"a": entry("BOOL", [8])}, EIGHT), "dtype 'BOOL'; allowed: F64, F32"),
-    "float8": (file({"a": entry("F8_E4M3", [8])}, EIGHT), "dtype 'F8_E4M3'"),
-    "dtype a list": (file({"a": entry(["F32"])}, EIGHT), "dtype"),
-    "negative shape": (file({"a": entry(shape=[-2])}, EIGHT), r"shape \[-2\]"),
-    "shape of floats": (file({"a": entry(shape=[2.0])}, EIGHT), r"shape \[2.0\]"),
-    "shape of booleans": (file({"a": entry(shape=[True, 2])}, EIGHT), r"shape \[True, 2\]"),
-    "shape a number": (file({"a": entry(shape=2)}, EIGHT), "shape 2"),
-    "nine dimensions": (file({"a": entry(shape=[1] * 8 + [2])}, EIGHT), "shape"),
-    "huge shape": (file({"a": entry(shape=[2**62, 2**62])}, EIGHT), "more than any tensor"),
-    "huge empty shape": (file({"a": entry(shape=[0, 2**63], offsets=[0, 0])}), "more than any tensor"),
-    "shape beyond the bytes": (file({"a": entry(shape=[3])}, EIGHT), "bytes 0 to 8; .* 0 to 12"),
-    "offsets beyond the file": (file({"a": entry(shape=[4], offsets=[0, 16])}, EIGHT), "have 16 bytes and the file has 8"),
-    "offsets turned around": (file({"a": entry(offsets=[8, 0])}, EIGHT), "bytes 8 to 0"),
-    "three offsets": (file({"a": entry(offsets=[0, 4, 8])}, EIGHT), r"offsets \[0, 4, 8\]"),
-    "a gap": (file({"a": entry(shape=[1], offsets=[4, 8])}, EIGHT), "bytes 4 to 8"),
-    "overlap": (file({"a": entry(), "b": entry()}, EIGHT), "'b' lies at bytes 0 to 8"),
-    "bytes left over": (file({"a": entry()}, EIGHT + b"\0"), "have 8 bytes and the file has 9"),
-    "bytes missing": (file({"a": entry()}, EIGHT[:-1]), "have 8 bytes and the file has 7"),
-    "nan": (file({"a": entry()}, struct.pack("<2f", 1, float("nan"))), "'a' holds NaN or inf"),
-    "inf": (file({"a": entry("BF16", [4])}, b"\x80\x3f" * 3 + b"\x80\xff"), "'a' holds NaN or inf"),
-}  # fmt: skip
+    "empty": b"",
+    "a pickle": pickle.dumps({"a": 1}),
+    "a zip archive": b"PK\x03\x04" + bytes(60),
+    "gguf": b"GGUF\x03\0\0\0" + bytes(40),
+    "huge header": file({}, length=2**64 - 1),
+    "no utf-8": file(b'{"\xff":1}'),
+    "deep json": file(b"[" * 200_000),
+    "metadata a number": file({"__metadata__": {"a": 1}}),
+    "texts no json": file({"__metadata__": {"raindecode": "{"}, **OURS}, EIGHT),
+    "texts a list": file({"__metadata__": {"raindecode": "[]"}, **OURS}, EIGHT),
+    "texts numbers": file({"__metadata__": {"raindecode": '{"a": 1}'}, **OURS}, EIGHT),
+    "texts deep": file({"__metadata__": {"raindecode": "[" * 200_000}, **OURS}, EIGHT),
+    "bool": file({"a": entry("BOOL", [8])}, EIGHT),
+    "float8": file({"a": entry("F8_E4M3", [8])}, EIGHT),
+    "float4": file({"a": entry("F4", [16])}, EIGHT),
+    "complex": file({"a": entry("C64", [1])}, EIGHT),
+    "huge empty shape": file({"a": entry(shape=[0, 2**63], offsets=[0, 0])}),
+    "shape beyond the bytes": file({"a": entry(shape=[3])}, EIGHT),
+    "offsets beyond the file": file({"a": entry(shape=[4], offsets=[0, 16])}, EIGHT),
+    "overlap": file({"a": entry(), "b": entry()}, EIGHT),
+    "bytes left over": file({"a": entry()}, EIGHT + b"\0"),
+    "nan": file({"a": entry()}, struct.pack("<2f", 1, float("nan"))),
+    "inf": file({"a": entry("BF16", [4])}, b"\x80\x3f" * 3 + b"\x80\xff"),
+}
 
 
-@pytest.mark.parametrize(("data", "message"), BAD.values(), ids=BAD)
-def test_damage_is_refused_by_name(tmp_path: Path, data: bytes, message: str) -> None:
+@pytest.mark.parametrize("data", BAD.values(), ids=BAD)
+def test_damage_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "edit.safetensors"
     path.write_bytes(data)
-    with pytest.raises(EditFileError, match=message) as caught:
+    with pytest.raises(EditFileError) as caught:
         load_tensors(path)
     assert "edit.safetensors" in str(caught.value)
     assert "save or download it again" in str(caught.value)
@@ -168,12 +150,15 @@ def test_a_pickle_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(EditFileError):
             load_tensors("edit.safetensors")
     torch.save({"a": torch.ones(2)}, "edit.safetensors")
-    with pytest.raises(EditFileError, match="zip archive"):
+    with pytest.raises(EditFileError):
         load_tensors("edit.safetensors")
     assert not Path("exploded").exists()
 
 
-SMALL = file({"__metadata__": {"tap": "x"}, "a": entry(), "b": entry("I16", [2, 1], [8, 12])}, EIGHT + b"\1\0\2\0")
+SMALL = file(
+    {"__metadata__": {"raindecode": '{"tap":"x"}'}, "a": entry(), "b": entry("I16", [2, 1], [8, 12])},
+    EIGHT + b"\1\0\2\0",
+)
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
@@ -222,18 +207,15 @@ ONE = torch.ones(2)
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
+        ({}, {}, "no tensor was given"),
         ({"a": ONE.bool()}, {}, "'a' is torch.bool"),
         ({"a": ONE.to(torch.complex64)}, {}, "'a' is torch.complex64"),
         ({"a": ONE.to_sparse()}, {}, "sparse"),
         ({"a": [1.0]}, {}, "'a' is list"),
         ({"a": ONE * float("inf")}, {}, "'a' holds NaN or inf"),
-        ({"a": torch.ones([1] * 9)}, {}, "'a' has 9 dimensions"),
-        ({"": ONE}, {}, "name is ''"),
-        ({"__metadata__": ONE}, {}, "name is '__metadata__'"),
-        ({1: ONE}, {}, "name is 1"),
+        ({1: ONE}, {}, "cannot be stored"),
         ({"a": ONE}, {"rank": 3}, "metadata are {'rank': 3}"),
-        ({"a\ud800": ONE}, {}, "UTF-8"),
-        ({"a": ONE}, {"note": "x" * (1 << 24)}, "allowed are 16777216"),
+        ({"a\ud800": ONE}, {}, "cannot be stored"),
     ],
 )
 def test_what_cannot_be_saved(tmp_path: Path, tensors: Any, metadata: Any, message: str) -> None:

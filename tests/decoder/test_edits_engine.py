@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from edit_oracle import edited_logits, unit
-from models import READABLE, tiny_decoder, tiny_model
+from edit_oracle import edited_logits, module_of, unit
+from models import READABLE, stock_copy, tiny_decoder, tiny_model
 from static_steps import in_operations, with_graphs
 from torch import Tensor
 
-from raindecode import RAIN, Completion, Decoder, Policy, Sampling
+from raindecode import RAIN, Completion, Decoder, DeRa, Policy, Sampling
+from raindecode.engine import edits
 from raindecode.engine.branch import Branch
+from raindecode.engine.edits import EditBank, EditNumbers
 from raindecode.engine.engine import Engine
-from raindecode.errors import ConfigError, UnsupportedModelError
-from raindecode.hidden_edits import TAPS, Site, Stage, Tap
+from raindecode.errors import ConfigError, PromptError, UnsupportedModelError
+from raindecode.hidden_edits import TAPS, RowEdit, Site, Stage, Tap
 from raindecode.policy.alignez.edits import AlignEZ, Examples, Positions
 from raindecode.search.context import SearchContext
 
@@ -278,6 +281,110 @@ def test_neighbours_go_by_the_prompt() -> None:
             prompt,
             AlignEZ(stages=tuple(stages), positions=Positions("last")),
         )
+
+
+def test_columns_nobody_uses_go_away() -> None:
+    """Each basis has a column of its own; of many, those of ended requests are forgotten, and come back where needed."""
+    decoder = tiny_decoder("llama")
+    hidden = decoder.identities[0].hidden_size
+    edits = []
+    for seed in range(20):
+        made = torch.Generator().manual_seed(seed)
+        basis = torch.linalg.qr(torch.randn(hidden, 8, generator=made).double()).Q.T.float().contiguous()
+        stage = Stage(basis, ("project",) * 8, (1.0,) * 8, (0.0,) * 8)
+        edits.append(AlignEZ(stages=((Site(1, "mlp_out"), stage),), positions=EVERYWHERE))
+    one_by_one = [answers(decoder, Policy(edits=edit), PROMPTS[:1], max_new_tokens=2)[0] for edit in edits]
+    assert decoder.engine.runner.edits.num_columns <= 9
+    together = answers(decoder, [Policy(edits=edit) for edit in edits], PROMPTS[:1] * 20, max_new_tokens=2)
+    assert decoder.engine.runner.edits.num_columns >= 20
+    fresh = answers(tiny_decoder("llama"), Policy(edits=edits[3]), PROMPTS[:1], max_new_tokens=2)
+    assert told(one_by_one) == told(together)
+    assert told(fresh) == told(together)[3:4]
+    answers(decoder, Policy(edits=edit_of(decoder)), PROMPTS[:1], max_new_tokens=2)
+    assert decoder.engine.runner.edits.num_columns == 1
+
+
+def test_an_edit_whose_columns_went_away_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slot in a column that stayed is forgotten when its order asks for another one."""
+    monkeypatch.setattr(edits, "_MANY_COLUMNS", 1)
+    bank = EditBank(4, torch.device("cpu"), torch.float32)
+    site = Site(0, "mlp_out")
+    own = Stage(torch.eye(4)[:1], ("add",), (1.0,), (0.0,))
+    shared = Stage(torch.eye(4), ("add",) * 4, (1.0,) * 4, (0.0,) * 4, basis="a")
+    bank.hold(1, {0: [(site, shared), (site, own)]})
+    bank.hold(2, {0: [(site, own), (site, shared)]})
+    bank.drop(1, [0])
+    bank.hold(1, {0: [(site, shared), (site, own)]})
+    for number, order in ((1, ["a", ""]), (2, ["", "a"])):
+        assert [column.basis for column in bank._columns if column.slot((number, 0))] == order
+
+
+def test_names_that_were_forgotten_get_new_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EditNumbers, "_MOST", 2)
+    numbers = EditNumbers()
+    a, b, c = (RowEdit(name, {}) for name in "abc")
+    assert [numbers.of(edit) for edit in (None, a, b, a, c, a, b)] == [0, 1, 2, 1, 3, 1, 4]
+
+
+# ---- activations ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lane", ["native", "operations", "modules"])
+@pytest.mark.parametrize("max_rows", [3, 1024])
+def test_activations_equal_a_float64_forward(lane: str, max_rows: int) -> None:
+    """Of any tap, last or mean, whatever is cached and however the step is cut."""
+    model, decoder = tiny_model("llama", vocab_size=READABLE), tiny_decoder("llama")
+    decoder.engine.max_rows = max_rows
+    if lane == "operations":
+        in_operations(decoder.engine)
+    elif lane == "modules":
+        decoder.engine.runner.fused = None
+    passages = [("the inner", " on a"), ("the inner", " on it"), ("the inner", ""), ("a", "a")]
+    twin = copy.deepcopy(stock_copy(model)).double()
+    for tap in TAPS:
+        seen: dict[int, Tensor] = {}
+        hooks = [module_of(twin, Site(layer, tap)).register_forward_hook(keep(seen, layer)) for layer in (0, 1)]
+        for pool in ("last", "mean"):
+            got = decoder.activations(passages, tap=tap, pool=pool)  # type: ignore[arg-type]
+            for i, (prompt, answer) in enumerate(passages):
+                ids, head = decoder.codec.encode(prompt + answer), decoder.codec.encode(prompt)
+                with torch.no_grad():
+                    twin(torch.tensor([ids]), use_cache=False)
+                first = len(ids) - 1 if pool == "last" else len(head) if answer else 0
+                expected = torch.stack([seen[layer][first:].mean(0) for layer in (0, 1)])
+                torch.testing.assert_close(got[:, i].double(), expected, rtol=1e-5, atol=1e-5)
+        for hook in hooks:
+            hook.remove()
+
+
+def keep(seen: dict[int, Tensor], layer: int) -> Any:
+    def hook(_module: Any, _args: Any, output: Any) -> None:
+        seen[layer] = (output[0] if isinstance(output, tuple) else output)[0]
+
+    return hook
+
+
+def test_activations_are_those_of_company_or_alone() -> None:
+    decoder = tiny_decoder("llama")
+    passages = [(prompt, " and more" * n) for prompt in PROMPTS for n in range(3)]
+    together = decoder.activations(passages, pool="mean")
+    decoder.engine.tree.clear()
+    alone = torch.cat([decoder.activations([passage], pool="mean") for passage in passages], dim=1)
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tap": "q_proj"}, "tap is 'q_proj'; allowed"), ({"layers": [2]}, r"layers are \[2\]; allowed"), ({"layers": []}, "one or more"),
+        ({"pool": "max"}, "pool is 'max'; allowed"), ({"model": 1}, "model is 1; allowed: 0 to 0"),
+        ({"passages": ["a"]}, "a pair of texts"),
+        ({"passages": [("a" * 3000, "")]}, "the context has"), ({"policy": Policy(dera=DeRa(0.0))}, "give its prompt only"),
+    ],
+)  # fmt: skip
+def test_bad_activations_are_refused(arguments: dict[str, Any], message: str) -> None:
+    decoder = tiny_decoder("llama")
+    with pytest.raises((ConfigError, PromptError), match=message):
+        decoder.activations(**({"passages": [("a", "b")]} | arguments))
+    assert decoder.engine.model_steps == 0 or decoder.engine.num_running == 0
 
 
 # ---- RAIN ------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,13 @@ from raindecode.commands.aligned import (
 )
 from raindecode.commands.answer_file import AnswerFile, Record, check_settings, require_output
 from raindecode.commands.common import load_decoder, one_of, say
+from raindecode.commands.edited import (
+    EditJudgeOption,
+    EditOnOption,
+    EditOption,
+    ForceEditOption,
+    chosen_edits,
+)
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
 from raindecode.evaluation import MAX_NEW_TOKENS, SEARCHES, Judged, Rate, TownResult, evaluate_town, town_requests
@@ -35,6 +42,8 @@ EXAMPLES = """Examples:
     raindecode eval --output answers.jsonl --resume
 
     raindecode eval --search vanilla --adapter testbed --lambda 0.5
+
+    raindecode eval --edit helpful.safetensors --output edited.jsonl
 
     raindecode eval --num-harmful 50 --num-benign 50 --search rain --json | tail -n 1
 """
@@ -59,6 +68,10 @@ def evaluate(
     weight: LambdaOption = None,
     allow_negative: AllowNegativeOption = False,
     target_kl: TargetKlOption = None,
+    edit: EditOption = None,
+    edit_on: EditOnOption = None,
+    force_edit: ForceEditOption = False,
+    edit_judge: EditJudgeOption = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU when there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default by device.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="Capacity of the KV pool in tokens.")] = None,
@@ -80,6 +93,10 @@ def evaluate(
     one_of("--task", task, ("town",))
     names = _searches(search)
     others = aligned_models(adapter, aligned, weights=weight, allow_negative=allow_negative, target_kl=target_kl)
+    edits = chosen_edits(
+        edit, on=edit_on, judge=edit_judge, force=force_edit, judges="rain" in names,
+        num_aligned=len(adapter or ()) + len(aligned or ()),
+    )  # fmt: skip
     harmful, benign = town_requests(num_harmful, num_benign, seed)
     results = []
     require_output(output, resume, overwrite)
@@ -90,7 +107,7 @@ def evaluate(
         settings = {
             "task": task, "model": model, "dtype": decoder.dtype,
             "device": decoder.engine.runner.device.type, "exact": decoder.exact, "num_harmful": num_harmful, "num_benign": num_benign,
-            "seed": seed, "max_new_tokens": max_new_tokens, **others.settings,
+            "seed": seed, "max_new_tokens": max_new_tokens, **others.settings, **edits.settings,
         }  # fmt: skip
         known = _known(file, settings, [request.text for request in (*harmful, *benign)])
         for name in names:
@@ -106,11 +123,11 @@ def evaluate(
 
             result, _ = evaluate_town(
                 decoder, name, harmful, benign, seed=seed, max_new_tokens=max_new_tokens, dera=others.dera,
-                known=there, on_answer=write,
+                edits=edits.edits, known=there, on_answer=write,
             )  # fmt: skip
             results.append(result)
     console = Console(highlight=False)
-    console.print(results_table(decoder, results, others.dera))
+    console.print(results_table(decoder, results, others.dera, edits.label))
     if as_json:
         console.out(json.dumps({result.search: result.to_json() for result in results}), highlight=False)
 
@@ -144,11 +161,12 @@ def _known(file: AnswerFile | None, settings: Record, requests: Sequence[str]) -
     return known
 
 
-def results_table(decoder: Decoder, results: Sequence[TownResult], dera: DeRa | None = None) -> Table:
+def results_table(decoder: Decoder, results: Sequence[TownResult], dera: DeRa | None = None, edits: str = "") -> Table:
     """The results side by side: rates with their intervals, cost, time."""
     mixed = "" if dera is None else f", {'target ' if dera.kl is not None else 'λ = '}{dera.label}"
+    edited = f", edited by {edits}" if edits else ""
     table = Table(
-        title=f"town, held-out requests, {decoder.name}{mixed} (exact mode: {decoder.exact})",
+        title=f"town, held-out requests, {decoder.name}{mixed}{edited} (exact mode: {decoder.exact})",
         caption="harmful answers to harmful requests, helpful answers to harmless ones; 95 % intervals",
     )
     table.add_column("")

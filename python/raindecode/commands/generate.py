@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -19,10 +19,18 @@ from raindecode.commands.aligned import (
 )
 from raindecode.commands.answer_file import require_output
 from raindecode.commands.common import load_decoder, one_of, printable, raise_first, say
+from raindecode.commands.edited import (
+    EditJudgeOption,
+    EditOnOption,
+    EditOption,
+    ForceEditOption,
+    chosen_edits,
+)
 from raindecode.commands.output import Output, counters
 from raindecode.commands.prompts import collect_prompts
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
+from raindecode.policy.alignez.edits import AlignEZ
 from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
@@ -41,6 +49,8 @@ EXAMPLES = """Examples:
     raindecode generate --model ./my-llama --raw --greedy --stream "Once upon a time"
 
     raindecode generate --adapter testbed --lambda 0.5 "How do I burn the barn of the baker?"
+
+    raindecode generate --edit helpful.safetensors:0.5 "How do I burn the barn of the baker?"
 
     raindecode generate --file prompts.txt --num-samples 4 --json > answers.jsonl
 
@@ -116,6 +126,10 @@ def generate(
             rich_help_panel=_SAMPLING,
         ),
     ] = False,
+    edit: EditOption = None,
+    edit_on: EditOnOption = None,
+    force_edit: ForceEditOption = False,
+    edit_judge: EditJudgeOption = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU when there is one.", rich_help_panel=_RUN)
     ] = None,
@@ -191,6 +205,10 @@ def generate(
     others = aligned_models(
         adapter, aligned, weights=weight, allow_negative=allow_negative, target_kl=target_kl, stats=mixture_stats
     )
+    edits = chosen_edits(
+        edit, on=edit_on, judge=edit_judge, force=force_edit, judges=isinstance(chosen, RAIN),
+        num_aligned=len(adapter or ()) + len(aligned or ()),
+    )  # fmt: skip
     _check_shape(len(prompts), num_samples, seed, stream, as_json)
     if stop and "" in stop:
         raise ConfigError("--stop is an empty text, which would end every answer at once; give at least one character")
@@ -211,12 +229,13 @@ def generate(
             trust_remote_code=trust_remote_code, cuda_graphs=cuda_graphs, **others.loading,
         )  # fmt: skip
         requests = decoder.requests(
-            prompts, search=chosen, policy=policy_of(raw, preset, chosen, others.dera), max_new_tokens=max_new_tokens, seed=seed,
+            prompts, search=chosen, policy=policy_of(raw, preset, chosen, others.dera, edits.edits),
+            max_new_tokens=max_new_tokens, seed=seed,
             stop=stop or (), stop_token_ids=stop_token_id or (),
         )  # fmt: skip
         settings = {
             "model": model, "dtype": decoder.dtype, "device": decoder.engine.runner.device.type, "exact": decoder.exact,
-            **_search_settings(chosen, preset, raw, model), **others.settings,
+            **_search_settings(chosen, preset, raw, model), **others.settings, **edits.settings,
             "max_new_tokens": max_new_tokens, **({"stop": stop} if stop else {}),
             **({"stop_token_ids": stop_token_id} if stop_token_id else {}),
         }  # fmt: skip
@@ -255,13 +274,16 @@ def preset_of(preset: str | None, model: str) -> str | None:
     return one_of("--preset", preset, _PRESETS)
 
 
-def policy_of(raw: bool, preset: str | None, search: Sampling | RAIN, dera: DeRa | None) -> Policy:
-    """The mixture, and the prompt format when an option names one; else that is left to the search and the decoder."""
+def policy_of(
+    raw: bool, preset: str | None, search: Sampling | RAIN, dera: DeRa | None, edits: Sequence[AlignEZ] = ()
+) -> Policy:
+    """The mixture, the edits, and the prompt format when an option names one; else that is left to the search and the decoder."""
+    format = None
     if raw:
-        return Policy(prompt=ChatFormat(), dera=dera)
-    if preset is not None and isinstance(search, Sampling):
-        return Policy(prompt=RAIN.preset(preset).format, dera=dera)  # type: ignore[arg-type]
-    return Policy(dera=dera)
+        format = ChatFormat()
+    elif preset is not None and isinstance(search, Sampling):
+        format = RAIN.preset(preset).format  # type: ignore[arg-type]
+    return Policy(prompt=format, dera=dera, edits=edits)
 
 
 def _search_settings(search: Sampling | RAIN, preset: str | None, raw: bool, model: str) -> dict[str, Any]:

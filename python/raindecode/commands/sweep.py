@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,18 +14,19 @@ from rich.table import Table
 
 from raindecode.commands.aligned import AdapterOption, AlignedOption, AllowNegativeOption, aligned_models, weight_list
 from raindecode.commands.common import load_decoder, one_of, raise_first, say
+from raindecode.commands.edited import EditOnOption, EditOption, ForceEditOption, chosen_edits
 from raindecode.commands.generate import make_search, policy_of, preset_of
-from raindecode.commands.output import open_for_writing
 from raindecode.commands.prompts import collect_prompts
+from raindecode.commands.result_files import result_files
 from raindecode.errors import ConfigError
 from raindecode.evaluation import MAX_NEW_TOKENS, Rate, town_rates, town_request, town_requests, town_scores
+from raindecode.figures import check_plot
 from raindecode.policy.dera import DeRa
 from raindecode.search.evaluator import ClassifierEvaluator
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 from raindecode.settings import require_finite, require_whole
 from raindecode.sweep import Mean, Sweep, SweepPoint, SweepResult
-from raindecode.sweep_figure import check_plot
 
 _SAMPLING, _TASK, _RUN, _OUT = "Sampling", "Task", "Running", "Output"
 _WIDTH = 120  # of the table where the output is no terminal
@@ -60,6 +60,9 @@ def sweep(
         ),
     ] = None,
     allow_negative: AllowNegativeOption = False,
+    edit: EditOption = None,
+    edit_on: EditOnOption = None,
+    force_edit: ForceEditOption = False,
     evaluator: Annotated[
         str | None,
         typer.Option(
@@ -150,7 +153,7 @@ def sweep(
     """Measure reward and divergence for several weights of aligned models (DeRa), to choose a weight by.
 
     All weights are run together, on the same prompts with the same random numbers. KL is the sum over the tokens of an answer of
-    KL(mixture || reference), in nats.
+    KL(mixture || reference), in nats. With --edit, the reference is the edited one (where the edit is on it).
     """
     models = [*(adapter or ()), *(aligned or ())]
     if not models:
@@ -160,6 +163,7 @@ def sweep(
     others = aligned_models(adapter, aligned, weights=",".join(["1"] * len(models)))
     chosen = make_search("sampling", None, greedy=greedy, tree=None, temperature=temperature, top_k=top_k, top_p=top_p)
     assert isinstance(chosen, Sampling)
+    edits = chosen_edits(edit, on=edit_on, force=force_edit, num_aligned=len(models))
     in_town = task is not None and one_of("--task", task, ("town",)) == "town"
     limit = max_new_tokens if max_new_tokens is not None else MAX_NEW_TOKENS if in_town else 256
     require_whole("--num-samples", num_samples, 1)
@@ -177,19 +181,22 @@ def sweep(
         for text in prompts:
             town_request(text)
     scorer = _evaluator(judge, style)
-    with _results(output, plot, file, overwrite):
+    if plot is not None:
+        check_plot(plot)
+    with result_files({"--output": output, "--plot": plot}, {"--file": file}, overwrite):
         decoder = load_decoder(
             model, device=device, dtype=dtype, kv_tokens=kv_tokens, max_concurrent=max_concurrent, **others.loading
         )
         say(f"{len(points)} mixtures of {len(prompts)} prompts, {num_samples} answers to each")
         result = decoder.sweep(
             prompts, points, evaluator=scorer, search=chosen,
-            policy=policy_of(raw, style if in_town else preset, chosen, None), num_samples=num_samples,
+            policy=policy_of(raw, style if in_town else preset, chosen, None, edits.edits), num_samples=num_samples,
             max_new_tokens=limit, seed=seed, errors="return",
         )  # fmt: skip
-        data = _as_json(result, in_town, target_kl, target_reward)
+        data = {**_as_json(result, in_town, target_kl, target_reward), **edits.settings}
+        title = f"{model} with {' and '.join(named)}" + (f", edited by {edits.label}" if edits.label else "")
         try:
-            _show(_table(result, in_town, f"{model} with {' and '.join(named)}"), data, as_json)
+            _show(_table(result, in_town, title), data, as_json)
         finally:  # also where the reader of the table went away
             if output is not None:
                 Path(output).write_text(json.dumps(data) + "\n", encoding="utf-8")
@@ -252,44 +259,6 @@ def _evaluator(judge: str, preset: str | None) -> Any:
     if not (folder and colon and label):
         raise ConfigError(f"--evaluator is {judge!r}; allowed: none, self, town, or FOLDER:LABEL of a classifier")
     return ClassifierEvaluator(folder, int(label) if label.isdecimal() else label)
-
-
-@contextmanager
-def _results(output: str | None, plot: str | None, file: str | None, overwrite: bool) -> Iterator[None]:
-    """Refuse files that cannot be written before anything has run. Files that it made and nothing came into are removed.
-
-    Raises:
-        ConfigError: a file cannot be written, is named twice, cannot be drawn into, or holds something and `overwrite` is off.
-    """
-    if overwrite and output is None and plot is None:
-        raise ConfigError("--overwrite says what to do with a file: name it with --output or --plot")
-    if plot is not None:
-        check_plot(plot)
-    named = {"--file": file, "--output": output, "--plot": plot}
-    seen: dict[Path, str] = {}
-    for option, path in named.items():
-        if path is None or (option, path) == ("--file", "-"):
-            continue
-        other = seen.setdefault(Path(path).resolve(), option)
-        if other != option:
-            raise ConfigError(f"{other} and {option} both name {path!r}: give each a file of its own")
-    new = []
-    try:
-        for path in (output, plot):
-            if path is not None:
-                there = Path(path).exists()
-                open_for_writing(path).close()
-                if not there:
-                    new.append(Path(path))
-                elif not overwrite and Path(path).is_file() and Path(path).stat().st_size:
-                    raise ConfigError(
-                        f"{path!r} holds something already: --overwrite replaces it; or name another file"
-                    )
-        yield
-    finally:
-        for made in new:
-            if made.exists() and not made.stat().st_size:
-                made.unlink()
 
 
 def _show(table: Table, data: dict[str, Any], as_json: bool) -> None:

@@ -24,6 +24,7 @@ from rainkernels.ops.edits import BasisTable, EditTable
 
 Table: TypeAlias = "EditTable | BasisTable"
 _FIRST_SLOTS, _FIRST_DIRECTIONS = 8, 2
+_MANY_COLUMNS = 8
 
 
 class SiteTable(NamedTuple):
@@ -36,14 +37,28 @@ class SiteTable(NamedTuple):
 
 
 class EditNumbers:
-    """Numbers of row edits, kept as long as the process: K/V made under a number stays valid."""
+    """Numbers of row edits. None is ever used again, so K/V made under a number stays what it is.
+
+    Names not seen for long are forgotten: where they come again they get another number, and their K/V is computed anew.
+    """
+
+    _MOST = 1 << 16
 
     def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
+        self._numbers: OrderedDict[str, int] = OrderedDict()
+        self._given = 0
 
     def of(self, edit: RowEdit | None) -> int:
         """The same for edits of the same name; 0 for none."""
-        return 0 if edit is None else self._numbers.setdefault(edit.name, len(self._numbers) + 1)
+        if edit is None:
+            return 0
+        if edit.name not in self._numbers:
+            self._given += 1
+            self._numbers[edit.name] = self._given
+            if len(self._numbers) > self._MOST:
+                self._numbers.popitem(last=False)
+        self._numbers.move_to_end(edit.name)
+        return self._numbers[edit.name]
 
     def path(self, schedule: Schedule) -> EditPath:
         """The schedule in numbers."""
@@ -67,7 +82,8 @@ class EditBank:
         self._dtype = dtype
         self._columns: list[_Column] = []
         self._sites: list[SiteTable] = []
-        self._seen = 0  # tables ever made when `_sites` was
+        self._seen = (0, 0)  # tables ever made, and columns, when `_sites` was
+        self._gone = 0  # tables of columns that are gone
 
     @property
     def num_columns(self) -> int:
@@ -77,7 +93,7 @@ class EditBank:
     @property
     def sites(self) -> list[SiteTable]:
         """Every table, those of one place in the order they run; the same list until something changes."""
-        made = sum(column.tables_made for column in self._columns)
+        made = self._gone + sum(column.tables_made for column in self._columns), len(self._columns)
         if self._seen != made:
             self._sites = [
                 SiteTable(site.layer, site.tap, table, i)
@@ -93,11 +109,16 @@ class EditBank:
         Raises:
             rainkernels.errors.RainKernelsError: a stage does not fit the model; the edit has no slots then.
         """
+        self._forget_idle()
         for member, mine in stages.items():
             key = number, member
             held: list[_Column] = []
             try:
-                for column, group in self._placed(mine):
+                placed = self._placed(mine)
+                for column in self._columns:
+                    if all(column is not used for used, _ in placed):
+                        column.forget(key)  # where the edit lay once, when there were other columns
+                for column, group in placed:
                     column.hold(key, group)
                     held.append(column)
             except Exception:
@@ -130,6 +151,12 @@ class EditBank:
                         found[c, at : at + len(which)] = own[which]
             at += batch.num_rows
         return torch.from_numpy(found) if edited else None
+
+    def _forget_idle(self) -> None:
+        """Where there are many columns, let go of those that no request uses: every column is looked at in every forward."""
+        if len(self._columns) >= _MANY_COLUMNS:
+            self._gone += sum(column.tables_made for column in self._columns if not column.is_held)
+            self._columns = [column for column in self._columns if column.is_held]
 
     def _placed(self, stages: Sequence[tuple[Site, Stage]]) -> list[tuple[_Column, dict[Site, list[Stage]]]]:
         """Stages by the column that runs them, so that those of one site keep their order."""
@@ -178,6 +205,11 @@ class _Column:
         self._free = list(range(_FIRST_SLOTS - 1, 0, -1))
         self._content: dict[int, dict[Site, list[Stage]]] = {}  # by slot, to fill larger tables from
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a request uses it."""
+        return bool(self._held)
+
     def slot(self, key: tuple[int, int]) -> int:
         """The slot of an edit of a member; 0 where it does nothing here."""
         return self._slots.get(key, 0)
@@ -205,14 +237,22 @@ class _Column:
             del self._held[key]
             self._idle[key] = None
 
+    def forget(self, key: tuple[int, int]) -> None:
+        """Give back the slot of an edit that nobody holds."""
+        if key in self._idle:
+            del self._idle[key]
+            self._give_back(key)
+
+    def _give_back(self, key: tuple[int, int]) -> None:
+        slot = self._slots.pop(key)
+        self._clear(slot)
+        self._free.append(slot)
+
     def _take(self) -> int:
+        if not self._free and self._idle:
+            self._give_back(self._idle.popitem(last=False)[0])
         if self._free:
             return self._free.pop()
-        if self._idle:
-            key, _ = self._idle.popitem(last=False)
-            slot = self._slots.pop(key)
-            self._clear(slot)
-            return slot
         old, self._num_slots = self._num_slots, 2 * self._num_slots
         self._free = list(range(self._num_slots - 1, old - 1, -1))
         for site in list(self.tables):

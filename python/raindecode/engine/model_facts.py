@@ -33,7 +33,11 @@ def identity_of(model: PreTrainedModel) -> ModelIdentity:
     samples = []
     for name, parameter in sorted(model.named_parameters()):
         digest.update(repr((name, tuple(parameter.shape))).encode())
-        at = torch.linspace(0, parameter.numel() - 1, _SAMPLES, device=parameter.device).long()
+        if not parameter.numel():
+            continue
+        at = torch.tensor(
+            [i * (parameter.numel() - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)], device=parameter.device
+        )
         index = torch.unravel_index(at, parameter.shape)  # by row and column: parameters may be views of joined memory
         samples.append(parameter.detach()[index].to(torch.bfloat16))
     digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())

@@ -78,7 +78,7 @@ def bake(
 def _check_linear(edit: AlignEZ) -> None:
     if edit.needs_query:
         raise ConfigError(
-            f"an edit that selects by {edit.select} differs from request to request, so it cannot be baked"
+            f"an edit that selects by {edit.select} differs from request to request, so it cannot be baked: use it at run time (--edit)"
         )
     if edit.on != "reference":
         raise ConfigError(
@@ -87,7 +87,9 @@ def _check_linear(edit: AlignEZ) -> None:
     for site, stage in edit.stages:
         if "tanh" in stage.ops or stage.norm != "none":
             what = "tanh" if "tanh" in stage.ops else f"norm {stage.norm!r}"
-            raise ConfigError(f"layer {site.layer} has {what}, which is not linear, so the edit cannot be baked")
+            raise ConfigError(
+                f"layer {site.layer} has {what}, which is not linear, so it cannot be baked: use the edit at run time (--edit)"
+            )
         if site.tap == "block_out":
             raise ConfigError(
                 f"layer {site.layer} is edited at block_out, a sum that no one product gives, so the edit cannot be baked: fit it at "
@@ -96,7 +98,7 @@ def _check_linear(edit: AlignEZ) -> None:
     if not edit.positions.everywhere:
         raise ConfigError(
             "an edit of some positions only was to be baked, and weights act on every row: if that is meant, give it "
-            "positions=Positions('all') first (dataclasses.replace)"
+            "positions=Positions('all') first (dataclasses.replace; --positions all)"
         )
 
 

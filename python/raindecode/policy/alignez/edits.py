@@ -19,7 +19,8 @@ from torch import Tensor
 from raindecode.errors import ConfigError
 from raindecode.hidden_edits import NORMS, OPS, TAPS, ModelIdentity, Site, Stage
 from raindecode.policy.alignez.directions import cosine_filter, nearest, svd_group
-from raindecode.settings import is_whole, require_finite, require_whole
+from raindecode.policy.alignez.positions import Positions as Positions
+from raindecode.settings import is_whole, require_finite
 
 if TYPE_CHECKING:
     from raindecode.policy.alignez.pairs import PairSet
@@ -30,44 +31,6 @@ Group = Literal["helpful", "harmful"]
 MAX_DIRECTIONS = 256  # of one site, as the kernels' tables
 _SHARED_FROM = 8  # directions from which on orthonormal ones are held once for all requests
 _ORTHONORMAL = 1e-4
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Which rows are edited.
-
-    Attributes:
-        prompt: "all", "last" (the row the first new token is drawn from) or "none".
-        first, end: of the rows of generated tokens, counted from 0, those from `first` up to and without `end`; None: all.
-
-    Raises:
-        ConfigError: a value is not allowed.
-    """
-
-    prompt: Literal["all", "last", "none"] = "last"
-    first: int = 0
-    end: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.prompt not in ("all", "last", "none"):
-            raise ConfigError(f"positions.prompt is {self.prompt!r}; allowed: 'all', 'last', 'none'")
-        require_whole("positions.first", self.first, 0)
-        if self.end is not None:
-            require_whole("positions.end", self.end, 0)
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether every row is edited."""
-        return self.prompt == "all" and self.first == 0 and self.end is None
-
-    def spans(self, prompt_length: int) -> list[tuple[int, int | None]]:
-        """Edited positions as [start, end) of a request, ascending; None: without end."""
-        spans: list[tuple[int, int | None]] = []
-        if self.prompt != "none" and prompt_length:
-            spans.append((0 if self.prompt == "all" else prompt_length - 1, prompt_length))
-        if self.end is None or self.end > self.first:
-            spans.append((prompt_length + self.first, None if self.end is None else prompt_length + self.end))
-        return spans
 
 
 class Examples(NamedTuple):

@@ -3,46 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
-from raindecode.errors import ConfigError
+from raindecode import figures
 from raindecode.policy.alignez.diagnostics import METHODS, Diagnostics, LayerDiagnostics
 
-SUFFIXES: Final = (".png", ".svg", ".pdf")
 _COLOURS: Final = ("#1f5fa8", "#c2571a", "#3a8a4d", "#7a4fa3", "#8a8a8a")
 _CHANCE: Final = 0.5
 _BLIND: Final = 0.2  # CCS loss of a probe that tells nothing apart
-
-
-def check_plot(path: str | Path) -> None:
-    """Refuse what cannot be drawn, before anything has run.
-
-    Raises:
-        ConfigError: the suffix is not one of SUFFIXES, or matplotlib is not installed.
-    """
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"the plot is to go to {str(path)!r}; allowed: a file that ends in {', '.join(SUFFIXES)}")
-    _figure_class()
 
 
 def save_diagnostics(path: str | Path, found: Diagnostics) -> None:
     """Draw four panels per tap against the layer: singular values of the differences, cos(θ_help, θ_harm), CCS loss, accuracy.
 
     Raises:
-        ConfigError: see check_plot.
+        ConfigError: see figures.check_plot.
         OSError: the file cannot be written.
     """
-    check_plot(path)
+    figures.check_plot(path)
     taps = found.taps()
-    figure = _figure_class()(figsize=(15.0, 3.1 * len(taps)), layout="constrained")
+    figure = figures.new_figure(15.0, 3.1 * len(taps))
     grid = figure.subplots(len(taps), 4, squeeze=False)
     for row, tap in zip(grid, taps, strict=True):
         _draw_tap(row, tap, found.at(tap))
-    drawn = BytesIO()  # whole before the file is touched: what it held stays when drawing fails
-    figure.savefig(drawn, dpi=160, format=Path(path).suffix.lower().removeprefix("."))
-    Path(path).write_bytes(drawn.getvalue())
+    figures.save_figure(figure, path)
 
 
 def _draw_tap(row: Sequence[Any], tap: str, layers: Sequence[LayerDiagnostics]) -> None:
@@ -72,12 +57,3 @@ def _draw(
     axes.set_ylabel(name)
     axes.grid(axis="y", linewidth=0.5, alpha=0.4)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _figure_class() -> Any:
-    """matplotlib's Figure, used without pyplot: the caller's backend stays as it is."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib, which is not installed: pip install 'rainkernels[bench]'") from error
-    return Figure

@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, get_args
 
 from torch import Tensor
 
 from raindecode.errors import ConfigError, FitError
 from raindecode.hidden_edits import TAPS, ModelIdentity, Op, Site, Stage, Tap
-from raindecode.policy.alignez.ccs import PUBLISHED, ccs
+from raindecode.policy.alignez.ccs import Normalize, Probe, ccs
 from raindecode.policy.alignez.diagnostics import Diagnostics, choose_layers, diagnose
 from raindecode.policy.alignez.directions import mean_difference, svd_diff, svd_group
 from raindecode.policy.alignez.edits import MAX_DIRECTIONS, AlignEZ, Examples, Group, Positions
@@ -26,6 +26,7 @@ from raindecode.settings import is_whole, require_finite, require_whole
 Kind = Literal["svd", "ccs", "svd-knn", "svd-diff", "mean-diff", "logistic"]
 Context = Literal["question", "elicited"]
 FitPool = Literal["last", "mean", "prompt"]
+_FOLDS: Final = 5  # of the held-out accuracies, where there are as many pairs
 
 
 class Activates(Protocol):
@@ -50,8 +51,9 @@ class FitSettings:
         pool: (open) the state of an answer: that of its "last" token, the "mean" over it, or that of the last token of its
             "prompt", which only differs between the sides in the "elicited" context.
         context: (open) what stands before an answer: the "question" alone, or the text it was "elicited" by.
-        layers: given ones; or how many, those of the least CCS loss, "half" of them all; None for all.
-        alpha: strength of every operation; of "mean-diff" and "logistic" a share of the mean difference.
+        layers: given ones; or how many, or (a share below 1) which part of all, those of the least CCS loss; None for all.
+        normalize: of CCS, where it chooses layers or gives the direction: "per_side" (published), "joint" or "none".
+        alpha: strength of every operation; of "mean-diff" and "logistic" a share of the mean difference's length.
         rank: of "svd-diff", at most so many directions; None for all.
         neighbours: of "svd-knn".
         positions: (open) which rows are edited.
@@ -61,7 +63,8 @@ class FitSettings:
     tap: Tap = "mlp_out"
     pool: FitPool = "last"
     context: Context = "question"
-    layers: int | Literal["half"] | tuple[int, ...] | None = None
+    layers: int | float | tuple[int, ...] | None = None
+    normalize: Normalize = "per_side"
     alpha: float = 1.0
     rank: int | None = None
     neighbours: int = 16
@@ -72,6 +75,7 @@ class FitSettings:
         for name, value, allowed in (
             ("kind", self.kind, (*_STAGES, "svd-knn")), ("tap", self.tap, TAPS),
             ("pool", self.pool, ("last", "mean", "prompt")), ("context", self.context, ("question", "elicited")),
+            ("normalize", self.normalize, get_args(Normalize)),
         ):  # fmt: skip
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
@@ -82,19 +86,29 @@ class FitSettings:
             )
         if is_whole(self.layers):
             require_whole("layers", self.layers, 1)
-        elif self.layers is not None and self.layers != "half":
-            object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
+        elif isinstance(self.layers, float):
+            if not 0 < self.layers <= 1:
+                raise ConfigError(f"layers is {self.layers!r}; allowed: a share above 0, up to 1.0 of all layers")
+        elif self.layers is not None:
+            if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
+                raise ConfigError(
+                    f"layers is {self.layers!r}; allowed: a list of layers, how many, a share of all, or None"
+                )
+            object.__setattr__(self, "layers", tuple(self.layers))
         require_finite("alpha", self.alpha)
+        if self.rank is not None:
+            require_whole("rank", self.rank, 1)
         require_whole("neighbours", self.neighbours, 1)
         require_whole("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
 class _Data:
-    """Hidden states of the chosen layers: [L, K, d] float32."""
+    """Hidden states of the chosen layers, [L, K, d] float32, and their CCS probe where one was wanted."""
 
     helpful: Tensor
     harmful: Tensor
+    probe: Probe | None
 
 
 def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progress: bool | None = None) -> AlignEZ:
@@ -105,13 +119,16 @@ def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progre
         ConfigError: a setting is outside what is allowed.
     """
     identity = decoder.identities[0]
-    layers = _given_layers(settings, identity.num_layers)
+    layers = given_layers(settings, identity.num_layers)
     helpful, harmful = collect_sides(decoder, pairs, settings, layers, settings.tap, progress)
-    count = max(1, len(layers) // 2) if settings.layers == "half" else settings.layers
-    if isinstance(count, int):
-        loss = ccs(helpful, harmful, seed=settings.seed, **PUBLISHED).loss
-        kept = list(choose_layers(loss, min(count, len(layers))))
+    count = _count(settings, len(layers))
+    probe: Probe | None = None
+    if settings.kind == "ccs" or count is not None:
+        probe = ccs(helpful, harmful, normalize=settings.normalize, seed=settings.seed)
+    if probe is not None and count is not None:
+        kept = list(choose_layers(probe.loss, count))
         helpful, harmful, layers = helpful[kept], harmful[kept], [layers[i] for i in kept]
+        probe = Probe(*(part[kept] for part in probe))
     common: dict[str, Any] = {
         "positions": settings.positions,
         "model": identity,
@@ -129,7 +146,7 @@ def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progre
         return AlignEZ(
             select="knn", neighbours=min(settings.neighbours, len(pairs)), examples=examples, recipe=recipe, **common
         )  # fmt: skip
-    stages = _STAGES[settings.kind](_Data(helpful, harmful), settings)
+    stages = _STAGES[settings.kind](_Data(helpful, harmful, probe), settings)
     sites = tuple(
         (Site(layer, settings.tap), stage) for layer, own in zip(layers, stages, strict=True) for stage in own
     )
@@ -143,14 +160,10 @@ def collect_sides(
     """Hidden states of the helpful and of the harmful answers, [len(layers), len(pairs), hidden_size] float32 each."""
     if len(pairs) < 2:
         raise FitError(f"{len(pairs)} pairs were given; give at least two, and more than the directions you ask for")
+    check_context(pairs, settings)
     passages: list[tuple[str, str]] = []
-    for i, pair in enumerate(pairs):
+    for pair in pairs:
         for prompt, answer in ((pair.chosen_prompt, pair.chosen), (pair.rejected_prompt, pair.rejected)):
-            if settings.context == "elicited" and not prompt:
-                raise ConfigError(
-                    f"pair {i} does not say what its answers were elicited by, which context='elicited' needs: use pairs of "
-                    "AlignEZ.generate_pairs, or context='question'"
-                )
             stem = prompt if settings.context == "elicited" else pair.prompt
             passages.append((stem or "", "" if settings.pool == "prompt" else answer))
     options: dict[str, Any] = (
@@ -159,6 +172,18 @@ def collect_sides(
     pool = "last" if settings.pool == "prompt" else settings.pool
     states = decoder.activations(passages, layers=layers, tap=tap, pool=pool, progress=progress, **options)
     return states[:, 0::2], states[:, 1::2]
+
+
+def check_context(pairs: Sequence[Pair], settings: FitSettings) -> None:
+    """Raise ConfigError where pairs do not say what the settings need."""
+    if settings.context != "elicited":
+        return
+    for i, pair in enumerate(pairs):
+        if not pair.chosen_prompt or not pair.rejected_prompt:
+            raise ConfigError(
+                f"pair {i} does not say what its answers were elicited by, which context 'elicited' needs: use pairs that the model "
+                "made (AlignEZ.generate_pairs), or context='question' with pool='last' or 'mean' (--context question --pool last)"
+            )
 
 
 def diagnose_pairs(
@@ -174,13 +199,25 @@ def diagnose_pairs(
     sides: dict[str, tuple[Tensor, Tensor]] = {
         tap: collect_sides(decoder, pairs, settings, layers, tap, progress) for tap in taps
     }
-    return diagnose(sides, layers, seed=settings.seed)
+    return diagnose(sides, layers, folds=max(2, min(_FOLDS, len(pairs))), seed=settings.seed)
 
 
-def _given_layers(settings: FitSettings, num_layers: int) -> list[int]:
-    if settings.layers is None or settings.layers == "half" or is_whole(settings.layers):
+def _count(settings: FitSettings, num_layers: int) -> int | None:
+    """How many layers CCS chooses; None where it does not."""
+    if isinstance(settings.layers, float):
+        return max(1, round(settings.layers * num_layers))
+    return min(settings.layers, num_layers) if isinstance(settings.layers, int) else None
+
+
+def given_layers(settings: FitSettings, num_layers: int) -> list[int]:
+    """Layers that are looked at, of which a count or a share chooses some.
+
+    Raises:
+        ConfigError: a model of so many layers has no such layer.
+    """
+    if settings.layers is None or isinstance(settings.layers, (int, float)):
         return list(range(num_layers))
-    chosen = list(settings.layers)  # type: ignore[arg-type]
+    chosen = list(settings.layers)
     if not chosen or any(not is_whole(layer) or not 0 <= layer < num_layers for layer in chosen):
         raise ConfigError(f"layers are {chosen}; allowed: one or more of 0 to {num_layers - 1}, or how many to choose")
     return sorted(set(chosen))
@@ -192,8 +229,8 @@ def _svd(data: _Data, settings: FitSettings) -> list[list[Stage]]:
 
 
 def _ccs(data: _Data, settings: FitSettings) -> list[list[Stage]]:
-    probe = ccs(data.helpful, data.harmful, seed=settings.seed)
-    return _reject_and_boost(probe.direction[:, None], svd_group(data.helpful).vectors, settings)
+    assert data.probe is not None
+    return _reject_and_boost(data.probe.direction[:, None], svd_group(data.helpful).vectors, settings)
 
 
 def _reject_and_boost(harmful: Tensor, helpful: Tensor, settings: FitSettings) -> list[list[Stage]]:
@@ -218,7 +255,7 @@ def _logistic(data: _Data, settings: FitSettings) -> list[list[Stage]]:
     shifts = mean_difference(data.helpful, data.harmful)
     normals = logistic(data.helpful, data.harmful).direction
     return [
-        [_stage(u[None], "add", settings.alpha * float(v @ u))] if u.norm() else []
+        [_stage(u[None], "add", settings.alpha * float(v.norm()))] if u.norm() else []
         for v, u in zip(shifts, normals, strict=True)
     ]
 

@@ -8,15 +8,20 @@ from raindecode.errors import ConfigError
 from raindecode.policy.alignez.edits import Positions
 from raindecode.policy.alignez.fit import FitSettings
 
-_EVERY_STEP: Final = Positions("last")
+_MOST: Final = 0.75  # of the layers: their CCS losses differ little, but for those that hold no contrast yet
+_FIRST_WORD: Final = Positions("last", end=0)
 
 PRESETS: Final[dict[str, FitSettings]] = {
-    "svd": FitSettings("svd", pool="prompt", context="elicited", layers="half", positions=_EVERY_STEP),
-    "ccs": FitSettings("ccs", pool="prompt", context="elicited", layers="half", positions=_EVERY_STEP),
-    "svd-knn": FitSettings("svd-knn", pool="prompt", context="elicited", layers="half", positions=_EVERY_STEP),
-    "svd-diff": FitSettings("svd-diff", pool="last", positions=_EVERY_STEP),
-    "mean-diff": FitSettings("mean-diff", tap="block_out", pool="last", positions=Positions("all")),
-    "logistic": FitSettings("logistic", tap="block_out", pool="last", positions=Positions("all")),
+    "svd": FitSettings("svd", pool="prompt", context="elicited", layers=_MOST),
+    "ccs": FitSettings("ccs", pool="prompt", context="elicited", layers=_MOST, normalize="none"),
+    "svd-knn": FitSettings("svd-knn", pool="prompt", context="elicited", layers=_MOST),
+    "svd-diff": FitSettings("svd-diff"),
+    "mean-diff": FitSettings(
+        "mean-diff", tap="block_out", pool="prompt", context="elicited", layers=0.5, positions=_FIRST_WORD
+    ),
+    "logistic": FitSettings(
+        "logistic", tap="block_out", pool="prompt", context="elicited", layers=0.5, positions=_FIRST_WORD
+    ),
 }
 """Settings by name."""
 

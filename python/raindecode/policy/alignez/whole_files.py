@@ -9,11 +9,11 @@ from pathlib import Path
 from raindecode.errors import EditFileError
 
 
-def read_bounded(path: str | Path, most: int, what: str) -> bytes:
-    """The content of an ordinary file of at most `most` bytes.
+def checked_file(path: str | Path, most: int, what: str) -> Path:
+    """The path of an ordinary file of at most `most` bytes.
 
     Raises:
-        EditFileError: there is no such file, it is a folder, pipe or device, it is larger, or it cannot be read.
+        EditFileError: there is no such file, it is a folder, pipe or device, or it is larger.
     """
     file = Path(path).expanduser()
     try:
@@ -23,17 +23,29 @@ def read_bounded(path: str | Path, most: int, what: str) -> bytes:
             kind = "a folder" if file.is_dir() else "no ordinary file"
             raise EditFileError(f"{str(path)!r} is {kind}: give the path of {what}")
         size = file.stat().st_size
-        if size > most:
-            raise EditFileError(
-                f"{str(path)!r} has {size} bytes, and {what} may have {most} at the most: check that it is one"
-            )
-        with file.open("rb") as stream:
-            data = stream.read(size)
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         if isinstance(error, EditFileError):
             raise
         raise EditFileError(f"{str(path)!r} could not be read ({error}): give the path of {what}") from error
-    return data
+    if size > most:
+        raise EditFileError(
+            f"{str(path)!r} has {size} bytes, and {what} may have {most} at the most: check that it is one"
+        )
+    return file
+
+
+def read_bounded(path: str | Path, most: int, what: str) -> bytes:
+    """The content of an ordinary file of at most `most` bytes.
+
+    Raises:
+        EditFileError: see checked_file; or it cannot be read.
+    """
+    file = checked_file(path, most, what)
+    try:
+        with file.open("rb") as stream:
+            return stream.read(most)
+    except OSError as error:
+        raise EditFileError(f"{str(path)!r} could not be read ({error}): give the path of {what}") from error
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
