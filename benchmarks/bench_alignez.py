@@ -329,7 +329,7 @@ def goals(record: Row) -> list[Row]:
 
 def report(record: Row, options: argparse.Namespace) -> int:
     """Table, file, JSON line; the exit code."""
-    console = Console(width=120)
+    console = Console(width=140)
     title = f"{record['shape']}, {record['rows']} rows, k = {record['directions']} at {record['tap']} of all layers, {record['dtype']}"
     table = Table(title=f"one decoding step\n{title}, {record['device']}, {record['threads']} threads")
     for heading in ("engine", "ms", "quartiles", "added ms", "95 %", "added CPU", "parts", "logprob error", "checked"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any, Final
 
@@ -232,11 +232,3 @@ def _fewer(alone: Sequence[Row], runs: Sequence[Row], kind: str) -> Row:
     ]
     half = _Z95 * stdev(saved) / math.sqrt(len(saved))
     return {"mean": fmean(saved), "ci": [fmean(saved) - half, fmean(saved) + half]}
-
-
-def both_positions(name: str, edit: AlignEZ) -> dict[str, AlignEZ]:
-    """An edit as it is, and with the other choice of generated rows: every one of them, or none."""
-    other = Positions("last") if edit.positions.end == 0 else FIRST_WORD
-    stem = name.removesuffix(", end=0")
-    label = f"{stem}, end=0" if other.end == 0 else f"{stem}, every token"
-    return {name: edit, label: replace(edit, positions=other)}

@@ -67,9 +67,15 @@ def rain_rows(record: Row) -> str:
     goal = record["goals"]["rain_fewer_iterations"]
     about = (
         f"RAIN, preset `town`, on {n} + {n} of these requests per run. Fewer: mean over the same requests, 95 % interval; over both kinds\n"
-        f"with `{record['best']}`: {goal['fewer']:.1f} ({goal['fewer_ci'][0]:.1f} to {goal['fewer_ci'][1]:.1f}).\n\n"
+        f"with `{goal['preset']}`: {goal['fewer']:.1f} ({goal['fewer_ci'][0]:.1f} to {goal['fewer_ci'][1]:.1f}). "
+        f"The strength was chosen by other training\nrequests, where {_tried(record)} iterations were needed.\n\n"
     )
     return about + table([*header, "iterations per token", "tokens processed each", _HARMFUL, _HELPFUL], rows)
+
+
+def _tried(record: Row) -> str:
+    """Iterations by strength."""
+    return ", ".join(f"{mean:.1f} (strength {name})" for name, mean in record["rain_strength"]["iterations"].items())
 
 
 def dera_rows(record: Row) -> str:

@@ -16,13 +16,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import alignez_presets  # noqa: E402
-from alignez_presets import BASE, BASELINES, QUICK, checked, chosen, goals, main, parser, passes, tidy  # noqa: E402
+from alignez_presets import (  # noqa: E402
+    BASE,
+    BASELINES,
+    QUICK,
+    STRENGTHS,
+    checked,
+    chosen,
+    goals,
+    main,
+    parser,
+    passes,
+    scaled_name,
+    tidy,
+)  # fmt: skip
 from preset_runs import (  # noqa: E402
-    FIRST_WORD,
     KINDS,
     Run,
     Sizes,
-    both_positions,
     cosines,
     counts,
     pooled,
@@ -38,7 +49,7 @@ from raindecode import testbed  # noqa: E402
 from raindecode.errors import ConfigError  # noqa: E402
 from raindecode.evaluation import Rate  # noqa: E402
 from raindecode.hidden_edits import Site, Stage  # noqa: E402
-from raindecode.policy.alignez.edits import AlignEZ, Examples, Positions  # noqa: E402
+from raindecode.policy.alignez.edits import AlignEZ, Examples  # noqa: E402
 from raindecode.policy.alignez.presets import PRESETS  # noqa: E402
 
 RECORD = ROOT / "benchmarks" / "results" / "alignez-testbed.json"
@@ -127,11 +138,6 @@ def test_cosines_are_those_of_what_is_boosted_and_rejected() -> None:
     recipe = (("harmful", "project", 1.0), ("helpful", "boost", 1.0))
     knn = AlignEZ(select="knn", neighbours=2, examples=examples, recipe=recipe)  # type: ignore[arg-type]
     assert cosines(knn) == {"1": pytest.approx(0.6)}
-    arms = both_positions("svd, end=0", AlignEZ(stages=(stages[0],), positions=FIRST_WORD))
-    assert {name: edit.positions for name, edit in arms.items()} == {
-        "svd, end=0": FIRST_WORD,
-        "svd, every token": Positions("last"),
-    }
 
 
 # ---- choice and goals --------------------------------------------------------------------------------------------------
@@ -162,7 +168,7 @@ def test_goals_say_what_was_reached(after: dict[str, Any], fewer: list[float], m
     before = row(50, 94)
     record = {
         "best": "svd", "presets": {BASE: before | {"runs": [before]}, "svd": after | {"runs": [after]}},
-        "rain": {"RAIN": rain, "RAIN + svd": rain},
+        "rain": {"RAIN": rain, "RAIN + svd, strength 0.2": rain}, "rain_strength": {"chosen": "0.2"},
     }  # fmt: skip
     found = goals(record)
     assert list(found) == ["harmful_halved", "helpful_within_5", "rain_fewer_iterations"]
@@ -178,6 +184,7 @@ def test_goals_say_what_was_reached(after: dict[str, Any], fewer: list[float], m
         (["--pairs", "1"], "--pairs is 1; allowed: 2 to 5000"),
         (["--rain", "300"], "--rain is 300; allowed: up to 200"),
         (["--json", "/no/such/folder/x.json"], "cannot be written"),
+        (["--rain-only"], "needs a record to go by"),
     ],
 )
 def test_bad_options_are_named(words: list[str], said: str) -> None:
@@ -236,12 +243,11 @@ def check_record(record: dict[str, Any], sizes: Sizes, seeds: list[int], names: 
             assert bool(run.get("cos_help_harm")) == (kind in ("svd", "svd-knn", "ccs"))
     best, baseline = record["best"], record["best_baseline"]
     assert chosen(record["validation"], False) == best
-    stem = best.removesuffix(", end=0")
-    assert set(record["rain"]) - {"RAIN", f"RAIN + {best}", f"RAIN + {baseline}"} <= {
-        f"RAIN + {stem}, end=0",
-        f"RAIN + {stem}, every token",
-    }
-    assert len(record["rain"]) == 4
+    tried = record["rain_strength"]
+    assert list(tried["iterations"]) == [f"{strength:g}" for strength in STRENGTHS]
+    assert tried["iterations"][tried["chosen"]] == min(tried["iterations"].values())
+    arm = scaled_name(best, tried["chosen"])
+    assert set(record["rain"]) == {"RAIN", f"RAIN + {best}", f"RAIN + {baseline}", f"RAIN + {arm}"}
     assert all(one["iterations"]["all"] > 0 for one in record["rain"].values())
     assert list(record["dera"]["edited"]) == ["none", "reference", "both"]
     assert list(record["goals"]) == ["harmful_halved", "helpful_within_5", "rain_fewer_iterations"]

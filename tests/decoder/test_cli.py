@@ -97,7 +97,7 @@ def refusal(result: Result) -> str:
                 "rain",
                 "What one RAIN answer costs",
                 "dera",
-                "What one token of DeRa costs",
+                "one token of DeRa",
                 "alignez",
                 "What edits of hidden states",
             ],

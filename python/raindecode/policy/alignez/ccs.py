@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypedDict
@@ -25,7 +26,7 @@ Moments = Literal["shared", "own"]
 _CHOICES: Final = {"normalize": ("joint", "per_side", "none"), "moments": ("shared", "own")}
 _BETAS: Final = (0.9, 0.999)
 _EPS: Final = 1e-8
-_TOGETHER_BYTES: Final = 1 << 26  # features of the layers that are trained side by side
+_TOGETHER_BYTES: Final = 1 << 27  # features of the layers that one thread trains side by side, in float64
 
 
 class _Published(TypedDict):
@@ -99,7 +100,7 @@ def ccs(
     model's own no axis is a principal one. So the result turns with the activations. Every restart has initial
     values of its own; the same seed gives the same result.
 
-    Only the search itself is in float32, all layers side by side: it ends where the loss is flat, within 1e-5 of the losses of a
+    Only the search itself is in float32, a thread's layers side by side: it ends where the loss is flat, within 1e-5 of the losses of a
     search in float64. What is returned is judged in float64.
 
     Args:
@@ -113,13 +114,17 @@ def ccs(
     """
     settings = _Settings(restarts, epochs, lr, weight_decay, normalize, moments, initial, orient, seed)
     check_pairs(helpful, harmful)
-    with _one_thread():
-        spans = [_span(layer(helpful, i), layer(harmful, i), settings) for i in range(helpful.shape[0])]
-        size = max(span.features.nbytes for span in spans) // 2  # in float32
-        together = max(1, _TOGETHER_BYTES // max(size, 1))
-        probes = [
-            probe for at in range(0, len(spans), together) for probe in _fit_layers(spans[at : at + together], settings)
-        ]
+    num_layers = helpful.shape[0]
+    with (
+        _one_thread_each() as threads,
+        ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool,
+    ):
+        spans = list(pool.map(lambda i: _span(layer(helpful, i), layer(harmful, i), settings), range(num_layers)))
+        together = min(
+            -(-num_layers // threads), max(1, _TOGETHER_BYTES // max(span.features.nbytes for span in spans))
+        )
+        groups = [spans[at : at + together] for at in range(0, num_layers, together)]
+        probes = [probe for group in pool.map(lambda group: _fit_layers(group, settings), groups) for probe in group]
     return Probe(*(torch.stack(parts) for parts in zip(*probes, strict=True)))
 
 
@@ -154,16 +159,16 @@ class _Settings:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Meanwhile PyTorch computes in one thread.
+def _one_thread_each() -> Iterator[int]:
+    """torch stays in the thread that calls it; how many may work side by side.
 
-    A step of the search is some small products. Shared out among threads they wait for each other more than they compute, and
-    where the machine is busy, most of the time: 2 threads took 67 s for what takes one 1.6 s.
+    A step of the search multiplies small matrices: shared out among threads it spends its time waiting for them, and on a
+    busy machine far more than that (measured: 59 s instead of 1 s).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
 
