@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import bench_alignez  # noqa: E402
 from alignez_engines import OURS, THEIRS, Engines, Ours, Theirs, bytes_needed  # noqa: E402
 from alignez_parts import _Places, _Recorded, draw_pairs, parts_ms  # noqa: E402
 from alignez_tables import edit_records, edit_steps, fit_times  # noqa: E402
-from bench_alignez import ENGINES, goals, median_interval, rows_checked, summary  # noqa: E402
+from bench_alignez import ENGINES, goals, median_interval, order, rows_checked, summary  # noqa: E402
 from dera_engines import load_shape, sharing  # noqa: E402
 from naive.alignez import Edit, Folded  # noqa: E402
 from readme_tables import NONE  # noqa: E402
@@ -196,6 +197,15 @@ def test_differences_are_taken_within_cycles() -> None:
     assert found["added_share"] == pytest.approx({"edits": 0.01, "edits_256": 0.05, "hooks": 0.1, "hooks_256": 0.2})
     assert found["ratios"]["edits_256 / edits"]["median"] == pytest.approx(210 / 202)
     assert found["ratios"]["stock / none"]["median"] == pytest.approx(1.5)
+
+
+def test_every_engine_runs_behind_every_other() -> None:
+    orders = [order(cycle) for cycle in range(len(ENGINES))]
+    for place in zip(*orders, strict=True):
+        assert sorted(place) == sorted(ENGINES)
+    behind = [pair for one in orders for pair in pairwise(one)]
+    assert len(set(behind)) == len(behind) == len(ENGINES) * (len(ENGINES) - 1)
+    assert order(len(ENGINES)) == orders[0]
 
 
 def test_interval_of_the_median() -> None:
