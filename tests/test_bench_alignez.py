@@ -309,7 +309,7 @@ def test_a_wrong_edit_ends_in_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsy
         (["--device", "tpu"], "--device is 'tpu'; allowed: cpu"),
         (["--rows", "1"], "--rows is 1; allowed: a whole number from 2"),
         (["--rows", "2000"], "--rows is 2000; allowed with this model: up to 1085"),
-        (["--context", "1020"], "--context is 1020; allowed with this model: up to 1007"),
+        (["--context", "1020"], "--context is 1020; allowed with this model: up to 1005"),
         (["--directions", "17"], "--directions is 17; allowed: 1 to 16"),
         (["--presets", "svd,pca"], "--presets names 'pca'; allowed: svd, ccs, svd-knn"),
         (["--fit-rounds", "0"], "--fit-rounds is 0; allowed: a whole number from 1"),
