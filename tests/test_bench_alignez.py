@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import bench_alignez  # noqa: E402
 from alignez_engines import OURS, THEIRS, Engines, Ours, Theirs, bytes_needed  # noqa: E402
 from alignez_parts import _Places, _Recorded, draw_pairs, parts_ms  # noqa: E402
 from alignez_tables import edit_records, edit_steps, fit_times  # noqa: E402
-from bench_alignez import ENGINES, goals, median_interval, rows_checked, summary  # noqa: E402
+from bench_alignez import ENGINES, goals, median_interval, order, rows_checked, summary  # noqa: E402
 from dera_engines import load_shape, sharing  # noqa: E402
 from naive.alignez import Edit, Folded  # noqa: E402
 from readme_tables import NONE  # noqa: E402
@@ -198,6 +199,15 @@ def test_differences_are_taken_within_cycles() -> None:
     assert found["ratios"]["stock / none"]["median"] == pytest.approx(1.5)
 
 
+def test_every_engine_runs_behind_every_other() -> None:
+    orders = [order(cycle) for cycle in range(len(ENGINES))]
+    for place in zip(*orders, strict=True):
+        assert sorted(place) == sorted(ENGINES)
+    behind = [pair for one in orders for pair in pairwise(one)]
+    assert len(set(behind)) == len(behind) == len(ENGINES) * (len(ENGINES) - 1)
+    assert order(len(ENGINES)) == orders[0]
+
+
 def test_interval_of_the_median() -> None:
     assert median_interval([3.0, 1.0]) == [1.0, 3.0]
     assert median_interval(list(range(100))) == [40, 59]
@@ -299,7 +309,7 @@ def test_a_wrong_edit_ends_in_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsy
         (["--device", "tpu"], "--device is 'tpu'; allowed: cpu"),
         (["--rows", "1"], "--rows is 1; allowed: a whole number from 2"),
         (["--rows", "2000"], "--rows is 2000; allowed with this model: up to 1085"),
-        (["--context", "1020"], "--context is 1020; allowed with this model: up to 1007"),
+        (["--context", "1020"], "--context is 1020; allowed with this model: up to 1005"),
         (["--directions", "17"], "--directions is 17; allowed: 1 to 16"),
         (["--presets", "svd,pca"], "--presets names 'pca'; allowed: svd, ccs, svd-knn"),
         (["--fit-rounds", "0"], "--fit-rounds is 0; allowed: a whole number from 1"),
