@@ -6,9 +6,8 @@ Source: Burns et al., Discovering Latent Knowledge, arXiv 2212.03827; AlignEZ v1
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypedDict
 
@@ -16,7 +15,15 @@ import torch
 from torch import Tensor
 
 from raindecode.errors import ConfigError
-from raindecode.policy.alignez.matrices import canonical_signs, check_pairs, has_contrast, layer, thin_svd, unit
+from raindecode.policy.alignez.matrices import (
+    canonical_signs,
+    check_pairs,
+    has_contrast,
+    layer,
+    one_thread_each,
+    thin_svd,
+    unit,
+)
 from raindecode.settings import require_finite, require_whole
 
 __all__ = ["PUBLISHED", "Moments", "Normalize", "Probe", "ccs", "ccs_loss"]
@@ -116,7 +123,7 @@ def ccs(
     check_pairs(helpful, harmful)
     num_layers = helpful.shape[0]
     with (
-        _one_thread_each() as threads,
+        one_thread_each() as threads,
         ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool,
     ):
         spans = list(pool.map(lambda i: _span(layer(helpful, i), layer(harmful, i), settings), range(num_layers)))
@@ -156,21 +163,6 @@ class _Settings:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[int]:
-    """torch stays in the thread that calls it; how many may work side by side.
-
-    A step of the search multiplies small matrices: shared out among threads it spends its time waiting for them, and on a
-    busy machine far more than that (measured: 59 s instead of 1 s).
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Span(NamedTuple):

@@ -18,6 +18,7 @@ from raindecode.policy.alignez.diagnostics import Diagnostics, choose_layers, di
 from raindecode.policy.alignez.directions import mean_difference, svd_diff, svd_group
 from raindecode.policy.alignez.edits import MAX_DIRECTIONS, AlignEZ, Examples, Group, Positions
 from raindecode.policy.alignez.logistic import logistic
+from raindecode.policy.alignez.matrices import one_thread_each
 from raindecode.policy.alignez.pairs import Pair
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
@@ -146,7 +147,8 @@ def fit(decoder: Activates, pairs: Sequence[Pair], settings: FitSettings, progre
         return AlignEZ(
             select="knn", neighbours=min(settings.neighbours, len(pairs)), examples=examples, recipe=recipe, **common
         )  # fmt: skip
-    stages = _STAGES[settings.kind](_Data(helpful, harmful, probe), settings)
+    with one_thread_each():
+        stages = _STAGES[settings.kind](_Data(helpful, harmful, probe), settings)
     sites = tuple(
         (Site(layer, settings.tap), stage) for layer, own in zip(layers, stages, strict=True) for stage in own
     )
