@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from alignez_engines import Engines
+from alignez_engines import BASES, OURS, Engines
 from kernel_bench.measure import CpuTimer, Run, alternate, make_timer, paired_ratio, quartiles
 from naive.alignez import Edit, Folded
 from torch import Tensor
@@ -122,6 +123,60 @@ def _folded(engines: Engines, name: str) -> Run:
 def _spread(values: Sequence[float]) -> dict[str, float]:
     low, middle, high = quartiles(values)
     return {"median": middle, "q1": low, "q3": high}
+
+
+# ---- one decode, edited and not ------------------------------------------------------------------------------------------------
+def toggled_ms(engines: Engines, steps: int, tick: Tick) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds of a decode's steps with its edits and without, in pairs, by engine.
+
+    Two decodes differ by where their caches lie, which is worth some percent of a step, and more than edits are. Here one
+    decode takes its edits off for every other step (on, off, off, on, ...), so that nothing else differs. What it decodes then
+    is nobody's answer, but as long.
+    """
+    found = {}
+    for name in BASES:
+        decode = engines.begin(name, 2 * steps)
+        switch = _switch(engines, name)
+        pairs = []
+        for pair in range(steps):
+            taken = {}
+            for on in (True, False) if pair % 2 == 0 else (False, True):
+                with nullcontext() if on else switch():
+                    begin = time.perf_counter()
+                    decode.step()
+                    taken[on] = (time.perf_counter() - begin) * 1e3
+            pairs.append((taken[True], taken[False]))
+            tick(f"{name}, on and off")
+        decode.end()
+        found[name] = pairs
+    return found
+
+
+def _switch(engines: Engines, name: str) -> Callable[[], AbstractContextManager[None]]:
+    """What takes the edits of a decode off for a while."""
+    if name in OURS:
+        bank: Any = engines.decoders[name].engine.runner.edits  # type: ignore[index]
+
+        @contextmanager
+        def without_slots() -> Iterator[None]:
+            bank.slots = lambda parts: None
+            try:
+                yield
+            finally:
+                del bank.slots
+
+        return without_slots
+    hooks: Any = engines.hooked[name]
+
+    @contextmanager
+    def without_hooks() -> Iterator[None]:
+        hooks.remove()
+        try:
+            yield
+        finally:
+            hooks.attach()
+
+    return without_hooks
 
 
 # ---- fits ---------------------------------------------------------------------------------------------------------------------

@@ -36,16 +36,17 @@ def edit_steps(records: list[Row]) -> str:
     note = (
         "**Edits of hidden states in a decoding step**: two directions in every layer, all requests in one batch\n"
         "(`raindecode bench alignez`, [docs/benchmarks.md](docs/benchmarks.md#what-edits-of-hidden-states-cost)).\n"
-        "Medians, engines in turns step by step. What is added is the median of the differences within turns, with its\n"
-        "95 % interval; then what its parts take alone:\n\n"
+        "Medians, engines in turns step by step. What is added is the median difference between steps of one decode that has\n"
+        "its edits on and off in turns, with its 95 % interval; then what its parts take alone:\n\n"
     )
     return note + table(header, [*rows, *_missing(records, len(header))])
 
 
 def _added(record: Row, name: str) -> str:
-    low, high = record["added_interval_ms"][name]
-    share, parts = record["added_share"][name], record["added_ms_by_parts"]["added_ms"][name]
-    return f"{record['added_ms'][name]:.2f} ms ({share:.1%}; {low:.2f} to {high:.2f}), parts {parts:.2f} ms"
+    once = record["toggled"]
+    low, high = once["added_interval_ms"][name]
+    share, parts = once["added_share"][name], record["added_ms_by_parts"]["added_ms"][name]
+    return f"{once['added_ms'][name]:.2f} ms ({share:.1%}; {low:.2f} to {high:.2f}), parts {parts:.2f} ms"
 
 
 def fit_times(records: list[Row]) -> str:

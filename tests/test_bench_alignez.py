@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import alignez_engines  # noqa: E402
+import alignez_parts  # noqa: E402
 import bench_alignez  # noqa: E402
 from alignez_engines import OURS, THEIRS, Engines, Ours, Theirs, bytes_needed  # noqa: E402
 from alignez_parts import _Places, _Recorded, draw_pairs, parts_ms  # noqa: E402
@@ -220,7 +221,9 @@ def record(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
     parts = {"added_ms": {"edits": 1.0, "edits_256": 20.0, "hooks": 5.0, "hooks_256": 50.0}}
     fits = {"fit_ratio": {"svd": {"median": 1.1}, "ccs": {"median": 1.3}}, "fit_s": {"svd": 8.25, "ccs": 9.75}}
-    return {**facts, **summary(samples(), samples()), "added_ms_by_parts": parts, **fits, **changes}
+    found = summary(samples(), samples())
+    once = {name: found[name] for name in ("added_ms", "added_interval_ms", "added_share")}
+    return {**facts, **found, "toggled": once, "added_ms_by_parts": parts, **fits, **changes}
 
 
 def test_goals() -> None:
@@ -232,13 +235,12 @@ def test_goals() -> None:
     assert found["edits_256"]["by_parts"] == pytest.approx(220 / 201)
     assert {name: found[f"fit, {name}"]["met"] for name in ("svd", "ccs")} == {"svd": True, "ccs": False}
     slower = record()
-    slower["added_ms"] |= {"edits": 11.0}
-    slower["ratios"]["edits_256 / edits"]["median"] = 1.21
+    slower["toggled"]["added_ms"] |= {"edits": 11.0, "edits_256": 60.0}
     assert [goal["met"] for goal in goals(slower)[:3]] == [False, False, False]
     for other in ({"shape": "25m"}, {"rows": 8}, {"quick": True}, {"threads": 1}):
         assert {goal["met"] for goal in goals(record(**other))} == {None}
     noisy = record()
-    noisy["added_ms"] |= {"hooks": -1.0}
+    noisy["toggled"]["added_ms"] |= {"hooks": -1.0}
     assert (goals(noisy)[1]["value"], goals(noisy)[1]["met"]) == (None, None)
     assert goals({"same": False}) == []
 
@@ -269,6 +271,35 @@ def test_memory_grows_with_rows() -> None:
     assert bytes_needed("testbed", torch.float32, 256, 64, 16) == 2**30
 
 
+def test_a_decode_takes_its_edits_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pair has one step with edits and one without, their order turning; afterwards the edits are there again."""
+    from alignez_engines import BASES
+
+    from raindecode.engine.edits import EditBank
+
+    options = bench_alignez.parser("x").parse_args(["--rows", "3", "--context", "6", "--steps", "3"])
+    model, tokenizer = bench_alignez.load_shape("testbed", torch.device("cpu"), torch.float32)
+    prompts = bench_alignez.draw_prompts(options, len(tokenizer), 100)
+    engines = Engines(model, tokenizer, prompts, directions=2, tap="mlp_out", steps=8)
+    seen: list[bool] = []
+    inner = EditBank.slots
+
+    def watched(self: EditBank, parts: Any) -> Any:
+        slots = inner(self, parts)
+        seen.append(slots is not None)
+        return slots
+
+    monkeypatch.setattr(EditBank, "slots", watched)
+    steps: list[str] = []
+    found = alignez_parts.toggled_ms(engines, 3, steps.append)
+    assert list(found) == list(BASES)
+    assert {name: len(pairs) for name, pairs in found.items()} == dict.fromkeys(BASES, 3)
+    assert min(ms for pairs in found.values() for pair in pairs for ms in pair) > 0
+    assert len(steps) == 3 * len(BASES)
+    assert seen == [True] * 8, "the prompts of two engines, and one step of each pair"
+    assert all("slots" not in vars(engines.decoders[name].engine.runner.edits) for name in ("edits", "edits_256"))
+
+
 # ---- the whole ------------------------------------------------------------------------------------------------------------
 def test_bench_alignez_checks_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "alignez.json"
@@ -282,6 +313,8 @@ def test_bench_alignez_checks_and_reports(tmp_path: Path, capsys: pytest.Capture
     assert set(found["step_ms"]) == set(found["checked"]) == set(ENGINES)
     assert min(found["step_ms"].values()) > 0
     assert set(found["added_ms"]) == set(found["added_share"]) == {"edits", "edits_256", "hooks", "hooks_256"}
+    assert set(found["toggled"]["added_ms"]) == set(found["added_ms"])
+    assert found["toggled"]["pairs"] == found["rounds"] * found["steps"]
     assert set(found["fit_ratio"]) == set(PRESETS)
     assert min(found["forwards_s"].values()) > 0
     assert len(found["load"]) == 2
@@ -303,7 +336,7 @@ def test_a_wrong_edit_ends_in_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsy
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--shape", "7b"], "--shape is '7b'; allowed: testbed, 25m, 110m, 1b"),
+        (["--shape", "13b"], "--shape is '13b'; allowed: testbed, 25m, 110m, 1b, 7b"),
         (["--dtype", "int8"], "--dtype is 'int8'; allowed: float32"),
         (["--tap", "mlp"], "--tap is 'mlp'; allowed: attn_out, mlp_out, block_out"),
         (["--device", "tpu"], "--device is 'tpu'; allowed: cpu"),
