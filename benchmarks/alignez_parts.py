@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -195,48 +194,40 @@ def draw_pairs(tokenizer: Any, count: int) -> list[Pair]:
     return pairs
 
 
-class _Recorded:
-    """A decoder that notes which activations a fit asks for."""
+class _Timed:
+    """A decoder for a fit that counts the seconds of the forwards it asks for."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self.identities = decoder.identities
-        self.calls: list[tuple[Any, Row]] = []
+        self.seconds = 0.0
 
     def activations(self, passages: Any, **options: Any) -> Tensor:
-        self.calls.append((passages, options))
-        return self._decoder.activations(passages, **options)
-
-    def again(self) -> None:
-        """All of them once more."""
-        for passages, options in self.calls:
-            self._decoder.activations(passages, **options)
+        begin = time.perf_counter()
+        states = self._decoder.activations(passages, **options)
+        self.seconds += time.perf_counter() - begin
+        return states
 
 
 def fits(decoder: Decoder, pairs: Sequence[Pair], presets: Sequence[str], rounds: int, tick: Tick) -> Row:
-    """Seconds of each preset's fit and of the forwards it needs, alternating; nothing is cached before either.
+    """Seconds of each preset's fit and of the forwards in it; nothing is cached before.
+
+    Forwards that do the same work twice differ by more than what a fit adds to them, so both are taken from the same fit.
 
     Returns:
-        fit_s, forwards_s: medians by preset; fit_ratio: median and quartiles of the ratios round by round.
+        fit_s, forwards_s: medians by preset; fit_ratio: median and quartiles of the ratios fit by fit.
     """
     found: Row = {"fit_s": {}, "forwards_s": {}, "fit_ratio": {}}
     decoder.activations([(pair.prompt, pair.chosen) for pair in pairs[:2]])  # warm
     for name in presets:
-        recorded = _Recorded(decoder)
-        runs: dict[str, Callable[[], object]] = {
-            "fit": partial(AlignEZ.fit, recorded, pairs, name, progress=False), "forwards": recorded.again,
-        }  # fmt: skip
-        seconds: dict[str, list[float]] = {which: [] for which in runs}
+        fit, forwards = [], []
         for turn in range(rounds):
-            for which in (list(runs), list(runs)[::-1])[turn % 2]:  # a fit first: it says what it needs
-                tick(f"round {turn + 1}, {name}")
-                if which == "fit":
-                    recorded.calls.clear()
-                decoder.engine.tree.clear()
-                begin = time.perf_counter()
-                runs[which]()
-                seconds[which].append(time.perf_counter() - begin)
-        fit, forwards = seconds.values()
+            tick(f"round {turn + 1}, {name}")
+            decoder.engine.tree.clear()
+            timed, begin = _Timed(decoder), time.perf_counter()
+            AlignEZ.fit(timed, pairs, name, progress=False)
+            fit.append(time.perf_counter() - begin)
+            forwards.append(timed.seconds)
         found["fit_s"][name], found["forwards_s"][name] = quartiles(fit)[1], quartiles(forwards)[1]
         found["fit_ratio"][name] = paired_ratio(fit, forwards)
     return found

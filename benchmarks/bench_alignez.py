@@ -16,8 +16,8 @@ token on, one token for every request per step. First some rows of every engine 
 one piece with hooks, and that rows with an edit of their own get what the same request gets alone; else the exit code is 1.
 Then every engine has a decode under way, and single steps of all alternate, each as often behind every other: a cycle is one step of each.
 Two decodes differ by where their caches lie, too; so what an edit adds is taken from one decode that has it on and off in turns,
-the median of the differences. The parts it is made of are also timed alone. Then fits of every preset beside the forwards they
-need. Prints a table, then one JSON line.
+the median of the differences. The parts it is made of are also timed alone. Then fits of every preset, and what of their
+time is forwards. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -317,7 +317,7 @@ def fitted(decoder: Decoder, tokenizer: Any, options: argparse.Namespace) -> Row
     """Fits beside their forwards."""
     presets = options.presets.split(",")
     with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("fits", total=2 * options.fit_rounds * len(presets))
+        bar = progress.add_task("fits", total=options.fit_rounds * len(presets))
 
         def tick(what: str) -> None:
             progress.update(bar, description=f"fits: {what}")

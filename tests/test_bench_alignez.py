@@ -18,7 +18,7 @@ import alignez_engines  # noqa: E402
 import alignez_parts  # noqa: E402
 import bench_alignez  # noqa: E402
 from alignez_engines import OURS, THEIRS, Engines, Ours, Theirs, bytes_needed  # noqa: E402
-from alignez_parts import _Places, _Recorded, draw_pairs, parts_ms  # noqa: E402
+from alignez_parts import _Places, _Timed, draw_pairs, parts_ms  # noqa: E402
 from alignez_tables import edit_records, edit_steps, fit_times  # noqa: E402
 from bench_alignez import ENGINES, goals, median_interval, order, rows_checked, summary  # noqa: E402
 from dera_engines import load_shape, sharing  # noqa: E402
@@ -168,10 +168,17 @@ def test_pairs_of_every_preset_and_what_they_ask_for() -> None:
     decoder = Decoder(sharing(model), tokenizer)
     calls = {}
     for name in PRESETS:
-        recorded = _Recorded(decoder)
-        AlignEZ.fit(recorded, pairs, name, progress=False)
-        calls[name] = [len(passages) for passages, _ in recorded.calls]
-        recorded.again()
+        asked: list[int] = []
+
+        class Watched(_Timed):
+            def activations(self, passages: Any, _asked: list[int] = asked, **options: Any) -> torch.Tensor:
+                _asked.append(len(passages))
+                return super().activations(passages, **options)
+
+        timed = Watched(decoder)
+        AlignEZ.fit(timed, pairs, name, progress=False)
+        calls[name] = asked
+        assert timed.seconds > 0
     assert calls == {**{name: [12] for name in PRESETS}, "svd-knn": [12, 6]}
 
 
