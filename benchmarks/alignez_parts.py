@@ -125,29 +125,27 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 # ---- one decode, edited and not ------------------------------------------------------------------------------------------------
-def toggled_ms(engines: Engines, steps: int, tick: Tick) -> dict[str, list[tuple[float, float]]]:
-    """Milliseconds of a decode's steps with its edits and without, in pairs, by engine.
+def toggled_ms(engines: Engines, rounds: int, pairs: int, tick: Tick) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds of a decode's steps with its edits and without, `pairs` of them in each of `rounds` decodes, by engine.
 
     Two decodes differ by where their caches lie, which is worth some percent of a step, and more than edits are. Here one
     decode takes its edits off for every other step (on, off, off, on, ...), so that nothing else differs. What it decodes then
     is nobody's answer, but as long.
     """
-    found = {}
-    for name in BASES:
-        decode = engines.begin(name, 2 * steps)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in BASES}
+    for name in (name for _ in range(rounds) for name in BASES):
+        decode = engines.begin(name, 2 * pairs)
         switch = _switch(engines, name)
-        pairs = []
-        for pair in range(steps):
+        for pair in range(pairs):
             taken = {}
             for on in (True, False) if pair % 2 == 0 else (False, True):
                 with nullcontext() if on else switch():
                     begin = time.perf_counter()
                     decode.step()
                     taken[on] = (time.perf_counter() - begin) * 1e3
-            pairs.append((taken[True], taken[False]))
+            found[name].append((taken[True], taken[False]))
             tick(f"{name}, on and off")
         decode.end()
-        found[name] = pairs
     return found
 
 

@@ -244,19 +244,19 @@ def measure(engines: Engines, options: argparse.Namespace) -> tuple[Samples, Sam
 
 def toggled(engines: Engines, options: argparse.Namespace) -> Row:
     """What edits add to the steps of a decode that takes them on and off: medians of the differences, 95 % intervals, shares."""
-    pairs = options.rounds * options.steps
+    pairs = options.steps // 2  # of one decode: the caches are made for so many steps
     with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=len(BASES) * pairs)
+        bar = progress.add_task("", total=len(BASES) * options.rounds * pairs)
 
         def tick(what: str) -> None:
             progress.update(bar, description=what)
             progress.advance(bar)
 
-        found = toggled_ms(engines, pairs, tick)
+        found = toggled_ms(engines, options.rounds, pairs, tick)
     added = {name: [on - off for on, off in taken] for name, taken in found.items()}
     bare = {name: quartiles([off for _, off in taken])[1] for name, taken in found.items()}
     return {
-        "pairs": pairs,
+        "pairs": options.rounds * pairs,
         "added_ms": {name: quartiles(each)[1] for name, each in added.items()},
         "added_interval_ms": {name: median_interval(each) for name, each in added.items()},
         "added_share": {name: quartiles(each)[1] / bare[name] for name, each in added.items()},

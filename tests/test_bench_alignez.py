@@ -298,7 +298,7 @@ def test_a_decode_takes_its_edits_on_and_off(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(EditBank, "slots", watched)
     steps: list[str] = []
-    found = alignez_parts.toggled_ms(engines, 3, steps.append)
+    found = alignez_parts.toggled_ms(engines, 1, 3, steps.append)
     assert list(found) == list(BASES)
     assert {name: len(pairs) for name, pairs in found.items()} == dict.fromkeys(BASES, 3)
     assert min(ms for pairs in found.values() for pair in pairs for ms in pair) > 0
@@ -321,7 +321,7 @@ def test_bench_alignez_checks_and_reports(tmp_path: Path, capsys: pytest.Capture
     assert min(found["step_ms"].values()) > 0
     assert set(found["added_ms"]) == set(found["added_share"]) == {"edits", "edits_256", "hooks", "hooks_256"}
     assert set(found["toggled"]["added_ms"]) == set(found["added_ms"])
-    assert found["toggled"]["pairs"] == found["rounds"] * found["steps"]
+    assert found["toggled"]["pairs"] == found["rounds"] * (found["steps"] // 2)
     assert set(found["fit_ratio"]) == set(PRESETS)
     assert min(found["forwards_s"].values()) > 0
     assert len(found["load"]) == 2
