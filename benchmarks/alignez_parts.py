@@ -13,9 +13,9 @@ import torch
 from alignez_engines import BASES, OURS, Engines
 from kernel_bench.measure import CpuTimer, Run, alternate, make_timer, paired_ratio, quartiles
 from naive.alignez import Edit, Folded
-from torch import Tensor
 
 from raindecode import Decoder
+from raindecode.commands.fitting import Timed
 from raindecode.engine.batch import Part
 from raindecode.engine.edits import EditBank, RowEdits
 from raindecode.policy.alignez.edits import AlignEZ
@@ -192,21 +192,6 @@ def draw_pairs(tokenizer: Any, count: int) -> list[Pair]:
     return pairs
 
 
-class _Timed:
-    """A decoder for a fit that counts the seconds of the forwards it asks for."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self.identities = decoder.identities
-        self.seconds = 0.0
-
-    def activations(self, passages: Any, **options: Any) -> Tensor:
-        begin = time.perf_counter()
-        states = self._decoder.activations(passages, **options)
-        self.seconds += time.perf_counter() - begin
-        return states
-
-
 def fits(decoder: Decoder, pairs: Sequence[Pair], presets: Sequence[str], rounds: int, tick: Tick) -> Row:
     """Seconds of each preset's fit and of the forwards in it; nothing is cached before.
 
@@ -222,7 +207,7 @@ def fits(decoder: Decoder, pairs: Sequence[Pair], presets: Sequence[str], rounds
         for turn in range(rounds):
             tick(f"round {turn + 1}, {name}")
             decoder.engine.tree.clear()
-            timed, begin = _Timed(decoder), time.perf_counter()
+            timed, begin = Timed(decoder), time.perf_counter()
             AlignEZ.fit(timed, pairs, name, progress=False)
             fit.append(time.perf_counter() - begin)
             forwards.append(timed.seconds)

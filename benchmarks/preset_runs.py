@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any, Final
 
-from torch import Tensor
-
 from raindecode import testbed
+from raindecode.commands.fitting import Timed
 from raindecode.decoder import Decoder
 from raindecode.evaluation import MAX_NEW_TOKENS, SEARCHES, Rate, town_requests
 from raindecode.policy.alignez.directions import svd_group
@@ -127,24 +126,9 @@ class Run:
         )  # fmt: skip
 
 
-class TimedDecoder:
-    """A decoder for AlignEZ.fit that says how long it took to read hidden states."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.identities = decoder.identities
-        self.seconds = 0.0
-        self._decoder = decoder
-
-    def activations(self, passages: Sequence[tuple[str, str]], **options: Any) -> Tensor:
-        started = time.perf_counter()
-        states = self._decoder.activations(passages, **options)
-        self.seconds += time.perf_counter() - started
-        return states
-
-
 def fitted(decoder: Decoder, pairs: PairSet, variant: Variant, seed: int) -> tuple[AlignEZ, Row]:
     """A variant's edit, and what there is to say of the fit: layers, cos(help, harm) by layer, seconds."""
-    timed, started = TimedDecoder(decoder), time.perf_counter()
+    timed, started = Timed(decoder), time.perf_counter()
     edit = AlignEZ.fit(timed, pairs, variant.preset, progress=False, seed=seed, **variant.settings)
     seconds = time.perf_counter() - started
     return edit, {

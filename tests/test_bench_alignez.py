@@ -18,7 +18,7 @@ import alignez_engines  # noqa: E402
 import alignez_parts  # noqa: E402
 import bench_alignez  # noqa: E402
 from alignez_engines import OURS, THEIRS, Engines, Ours, Theirs, bytes_needed  # noqa: E402
-from alignez_parts import _Places, _Timed, draw_pairs, parts_ms  # noqa: E402
+from alignez_parts import _Places, draw_pairs, parts_ms  # noqa: E402
 from alignez_tables import edit_records, edit_steps, fit_times  # noqa: E402
 from bench_alignez import ENGINES, goals, median_interval, order, rows_checked, summary  # noqa: E402
 from dera_engines import load_shape, sharing  # noqa: E402
@@ -27,6 +27,7 @@ from readme_tables import NONE  # noqa: E402
 
 from raindecode import Decoder  # noqa: E402
 from raindecode.cli import main  # noqa: E402
+from raindecode.commands.fitting import Timed  # noqa: E402
 from raindecode.errors import RainDecodeError  # noqa: E402
 from raindecode.policy.alignez.edits import AlignEZ  # noqa: E402
 from raindecode.policy.alignez.presets import PRESETS  # noqa: E402
@@ -170,7 +171,7 @@ def test_pairs_of_every_preset_and_what_they_ask_for() -> None:
     for name in PRESETS:
         asked: list[int] = []
 
-        class Watched(_Timed):
+        class Watched(Timed):
             def activations(self, passages: Any, _asked: list[int] = asked, **options: Any) -> torch.Tensor:
                 _asked.append(len(passages))
                 return super().activations(passages, **options)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raindecode.hidden_edits import Site, Stage
-from raindecode.policy.alignez.edits import AlignEZ
 
 Stages = Sequence[tuple[Site, Stage]]
 
@@ -57,10 +56,6 @@ def edited_logits(model: PreTrainedModel, ids: Sequence[int], stages: Stages, po
     with torch.no_grad():
         logits: Tensor = twin(torch.tensor([list(ids)]), use_cache=False).logits[0]
     return logits
-
-
-def resolved(edit: AlignEZ) -> Stages:
-    return edit.resolve()
 
 
 def unit(k: int, d: int, seed: int) -> Tensor:
