@@ -26,6 +26,7 @@ from raindecode.hidden_edits import ModelIdentity, Tap
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
 from raindecode.progress import ProgressDisplay
+from raindecode.prompt_ids import PromptIds
 from raindecode.requests import Prompt, RequestMaker
 from raindecode.search.context import SearchContext
 from raindecode.search.edited import search_edited
@@ -131,6 +132,7 @@ class Decoder:
         ends = frozenset(eos_ids_of(model, tokenizer))
         self._ends = [ends] * (1 + len(adapters)) + [frozenset(eos_ids_of(*one)) for one in aligned]
         self.codec = Codec(tokenizer, ends)
+        self._prompt_ids = PromptIds(self.codec, name)
 
     @classmethod
     def from_pretrained(
@@ -216,7 +218,8 @@ class Decoder:
         """Answer prompts together. The answers come in the order of the prompts.
 
         Args:
-            prompts: one prompt or many; text, or token ids fed as they are.
+            prompts: one prompt or many; text, token ids fed as they are, or a conversation: chat messages, {"role": "system" | "user" |
+                "assistant", "content": ...}, ending with the user's. A search judges answers by the user's last words.
             search: Sampling() by default, or RAIN.
             policy: of every prompt, or one each: the prompt's format, and how the decoder's models are mixed.
             max_new_tokens: limit of each answer.
@@ -269,7 +272,7 @@ class Decoder:
         """Check prompts and settings and make requests of them. Raises as `generate`."""
         contexts = [context_length_of(runner.model) for runner, _ in self.engine.models]
         maker = RequestMaker(
-            self.codec, self.name, self.format, contexts, self._ends, self._vocabulary, lambda: self.identities
+            self._prompt_ids, self.name, self.format, contexts, self._ends, self._vocabulary, lambda: self.identities
         )
         return maker.make(
             prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,

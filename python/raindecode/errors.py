@@ -13,7 +13,9 @@ __all__ = [
     "JudgeUnavailableError",
     "ModelError",
     "NumericError",
+    "PrefixFileError",
     "PromptError",
+    "PromptFileError",
     "RainDecodeError",
     "RequestCancelled",
     "UnsupportedModelError",
@@ -31,6 +33,14 @@ class ConfigError(RainDecodeError, ValueError):
 
 class PromptError(RainDecodeError, ValueError):
     """A prompt is empty, too long for the context, or not text."""
+
+
+class PromptFileError(PromptError):
+    """A file of a constant prompt cannot be read, or is not of the form it should be."""
+
+
+class PrefixFileError(RainDecodeError, ValueError):
+    """A file of a prompt's K/V cannot be read or written, is damaged, or was made by another model or policy."""
 
 
 class ModelError(RainDecodeError, ValueError):

@@ -36,6 +36,7 @@ class Ledger:
         self.branches: set[Branch] = set()
         self.at_end: list[Callable[[], None]] = []  # called when the request ends
         self._seen: set[int] = set()
+        self._kept: set[Hashable] = set()
 
     @property
     def origin(self) -> Ledger:
@@ -47,6 +48,12 @@ class Ledger:
         if path_hash not in self._seen:
             self._seen.add(path_hash)
             self.tokens_processed += 1
+
+    def keep(self, what: Hashable) -> bool:
+        """Whether this is asked for the first time."""
+        known = what in self._kept
+        self._kept.add(what)
+        return not known
 
     def measure(self) -> None:
         """Note how many KV tokens the open branches hold together; searches call it where they hold most."""

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from raindecode.engine.answers import Answers
-from raindecode.engine.branch import Branch, Ledger
+from raindecode.engine.branch import EDIT_SHIFT, Branch, Ledger
 from raindecode.engine.edit_path import EditPath
 from raindecode.engine.edits import EditNumbers
 from raindecode.engine.forward import plan_forwards
 from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
 from raindecode.engine.logit_rows import KeptRows, LogitRow, Logits
 from raindecode.engine.model_runner import ModelRunner
+from raindecode.engine.pins import Pins
 from raindecode.engine.tap_rows import TapRows
 from raindecode.engine.types import Got, HostCall, Search, Want, Yielded
 from raindecode.errors import CapacityError, RainDecodeError, RequestCancelled
@@ -140,6 +141,7 @@ class Engine:
         smallest = min(one.model.config.get_text_config().vocab_size for one in self.runners)
         self._answers = Answers(vocab_size or smallest, tree.num_slots)
         self._numbers = EditNumbers()
+        self.pins = Pins(tree)
         self._stepping = False
         LIVE_ENGINES.add(self)
 
@@ -185,6 +187,27 @@ class Engine:
                 runner.edits.hold(number, mine)
                 ledger.origin.at_end.append(partial(runner.edits.drop, number, tuple(mine)))
         return path
+
+    def pin_at_end(self, ledger: Ledger, tokens: Sequence[int], mixed: Mix, edits: EditPath | None = None) -> None:
+        """When the request ends, keep what it ran of these tokens for the next one: a branch of them need not be computed again."""
+        ledger = ledger.origin
+        if self.pins.takes(len(tokens)) and ledger.keep((tuple(tokens), mixed.models, edits)):
+            ledger.at_end.append(partial(self._pin, self.keys(tokens, edits), mixed.models))
+
+    def _pin(self, keys: Sequence[int], pools: int) -> None:
+        self.pins.pin(keys, pools)
+
+    @staticmethod
+    def keys(tokens: Sequence[int], edits: EditPath | None = None) -> tuple[int, ...]:
+        """What the rows of a branch of these tokens are found by in the KV tree."""
+        if edits is None:
+            return tuple(tokens)
+        return tuple(token | edits.at(i) << EDIT_SHIFT for i, token in enumerate(tokens))
+
+    def forget(self) -> None:
+        """Drop everything cached that no request under way uses, what is pinned included."""
+        self.pins.clear()
+        self.tree.clear()
 
     def run(self, tasks: Iterable[Task]) -> Generator[Task, None, None]:
         """Run tasks to the end, yielding each as it finishes. Closing the iterator cancels what is left."""
@@ -280,6 +303,8 @@ class Engine:
                     break  # younger requests must not take the slots this one waits for
             if plan.served or not active:
                 return
+            if self.pins.clear():
+                continue
             if len(active) > 1:
                 self._pause(active[-1])
                 continue

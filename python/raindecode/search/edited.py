@@ -22,8 +22,8 @@ class Searches(Protocol):
 
 def search_edited(context: SearchContext, search: Searches) -> Search:
     """Run a search under its request's edits; its result."""
-    plan = context.request.edits
-    if plan is None:
+    if context.request.edits is None:
+        context.keep_prompt()
         return search.search(context)
     return _edited(context, search)
 
@@ -46,4 +46,5 @@ def _edited(context: SearchContext, search: Searches) -> Generator[Any, Any, Any
     rows, judge = plan.schedule(len(ids), states)
     engine, ledger = context.engine, context.ledger
     edited = replace(context, edits=engine.hold(ledger, rows), judge_edits=engine.hold(ledger, judge))
+    edited.keep_prompt()
     return (yield from search.search(edited))
