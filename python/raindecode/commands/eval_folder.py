@@ -13,7 +13,6 @@ from raindecode.judging.layouts import Answer, Place
 from raindecode.judging.rubric import Item
 from raindecode.judging.tasks import Question, Task
 from raindecode.judging.verdicts import Verdict, as_verdict
-from raindecode.settings import is_whole
 
 ANSWERS, VERDICTS, SUMMARY = "answers.jsonl", "verdicts.jsonl", "summary.json"
 
@@ -182,10 +181,11 @@ class EvalFolder:
     ) -> tuple[Place, Question]:
         """The question and turn a record is about."""
         index, turn = record.get("index"), record.get("turn")
-        if is_whole(index) and is_whole(turn) and index in range(len(questions)) and turn in range(1, self._task.turns + 1):
-            question = questions[index]
+        whole = isinstance(index, int) and isinstance(turn, int) and not isinstance(index, bool)
+        if whole and index in range(len(questions)) and turn in range(1, self._task.turns + 1):
+            question = questions[index]  # type: ignore[index]
             if record.get("id") == question.id:
-                return (index, turn), question
+                return (int(index), int(turn)), question  # type: ignore[arg-type]
         raise ConfigError(
             f"line {number} of {file.path!r} is about {self._task.id_field} {record.get('id')!r:.60}, turn {turn!r:.20}, which the "
             "questions do not have there: give the same --questions to go on, or name another folder"

@@ -65,7 +65,6 @@ class InstructionRun:
     answerer: Answerer | None
     given: Sequence[str]
     judge: Judge | None
-    resume: bool
     as_json: bool
 
     def run(self) -> None:

@@ -69,7 +69,7 @@ JudgeBodyOption = Annotated[
     typer.Option(
         "--judge-body",
         metavar="JSON",
-        help='More fields of the request, such as \'{"max_tokens": 800}\'; null takes one out. Without, the temperature is 0.',
+        help="More fields of the request, such as '{\"max_tokens\": 800}'; null takes one out. Without, the temperature is 0.",
         rich_help_panel=_PANEL,
     ),
 ]

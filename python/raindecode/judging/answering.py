@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from raindecode.decoder import Decoder
 from raindecode.errors import PromptError
@@ -14,6 +15,8 @@ from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 from raindecode.types import Completion, Request
 
+NO_ANSWER: Final = "(no answer)"
+"""What stands in later prompts for an answer without any text."""
 _LEFT = 8  # an answer leaves at least one part in so many of the context to each later turn's answer
 
 
@@ -76,12 +79,15 @@ def answer_questions(
 
 
 def conversation(questions: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
-    """Chat messages of the questions with the answers given between them; there is one answer fewer."""
+    """Chat messages of the questions with the answers given between them; there is one answer fewer.
+
+    An empty answer is written as NO_ANSWER, because a conversation has no empty messages.
+    """
     messages = []
     for at, question in enumerate(questions):
         messages.append({"role": "user", "content": question})
         if at < len(answers):
-            messages.append({"role": "assistant", "content": answers[at]})
+            messages.append({"role": "assistant", "content": answers[at] or NO_ANSWER})
     return messages
 
 

@@ -72,7 +72,9 @@ class OpenAIJudge:
             raise ConfigError(f"judge-timeout is {timeout:g}; allowed: seconds, more than 0")
         reserved = sorted({"model", "messages", "stream", "n"} & set(body or {}))
         if reserved:
-            raise ConfigError(f"the judge's request body sets {', '.join(reserved)}, which raindecode sets itself: leave it out")
+            raise ConfigError(
+                f"the judge's request body sets {', '.join(reserved)}, which raindecode sets itself: leave it out"
+            )
         self._body = {"temperature": 0, **(body or {})}
         self._model, self._attempts, self._concurrency = model, attempts, concurrency
         self._secret = key or Secret()
@@ -178,7 +180,9 @@ def _reply(answer: Any) -> str:
         JudgeError: nothing.
     """
     choices = answer.get("choices") if isinstance(answer, dict) else None
-    message = choices[0].get("message") if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+    message = (
+        choices[0].get("message") if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+    )
     if not isinstance(message, dict):
         raise JudgeError(f"the judge's endpoint answers without a message: {str(answer)[:200]!r}")
     content = message.get("content")
@@ -207,7 +211,10 @@ class CallableJudge:
             raise ConfigError(f"the judge is a {type(function).__name__}; give a function of a list of items")
         require_whole("judge-batch", batch, 1)
         self._function, self._batch = function, batch
-        self._name = name or f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', type(function).__name__)}"
+        self._name = (
+            name
+            or f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', type(function).__name__)}"
+        )
 
     @classmethod
     def named(cls, text: str, *, batch: int = 16) -> CallableJudge:
@@ -254,7 +261,9 @@ class CallableJudge:
                     f"the judge {self._name} returned a {type(replies).__name__}; it has to return a list, one reply per item"
                 )
             if len(replies) != len(some):
-                raise JudgeUnavailableError(f"the judge {self._name} returned {len(replies)} replies for {len(some)} items")
+                raise JudgeUnavailableError(
+                    f"the judge {self._name} returned {len(replies)} replies for {len(some)} items"
+                )
             for at, (item, reply) in enumerate(zip(some, replies, strict=True), start=start):
                 yield at, self._verdict(item, reply)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from raindecode.errors import PromptError
 from raindecode.judging.tasks import Question, Task
-from raindecode.settings import is_whole
 
 Place = tuple[int, int]
 """A question's position in its file, from 0, and a turn, from 1."""
@@ -110,7 +109,7 @@ def read_answers(
     for path in paths:
         for where, entry in _entries(path):
             given = entry.get(task.id_field)
-            question = known.get(given) if is_whole(given) or isinstance(given, str) else None
+            question = known.get(given) if isinstance(given, (int, str)) and not isinstance(given, bool) else None
             if question is None:
                 raise PromptError(
                     f"{where} has {given!r:.60} as {task.id_field}, which is none of --questions: give the questions these "
@@ -147,7 +146,9 @@ def _said(task: Task, entry: dict[str, Any], where: str) -> list[tuple[int, Answ
             said = list(enumerate(turns, start=1)) if isinstance(turns, list) and len(turns) == task.turns else []
             names.append(f"choices with {task.turns} turns")
     if not said or not all(isinstance(text, str) for _, text in said):
-        raise PromptError(f"{where} has no text as {' or '.join(names)}: give answers to {task.name} in a published layout")
+        raise PromptError(
+            f"{where} has no text as {' or '.join(names)}: give answers to {task.name} in a published layout"
+        )
     time = entry.get("tstamp", 0.0)
     shared: dict[str, Any] = {"time": float(time) if isinstance(time, (int, float)) else 0.0}
     model_input = entry.get("model_input")
@@ -169,7 +170,9 @@ def _entries(path: str) -> list[tuple[str, dict[str, Any]]]:
         if text.lstrip().startswith("["):
             values = [(f"entry {at} of {path!r}", value) for at, value in enumerate(json.loads(text))]
         else:
-            lines = [(f"line {n} of {path!r}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+            lines = [
+                (f"line {n} of {path!r}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()
+            ]
             values = [(where, json.loads(line)) for where, line in lines]
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{path!r} is neither a JSON list nor JSON lines ({error})") from error

@@ -34,20 +34,20 @@ def judge_all(
     """
     found: list[Verdict | JudgeError | None] = [None] * len(items)
     failures = 0
-    with ProgressDisplay.choose(progress, len(items), searching=False, what="verdicts") as display:
-        with closing(judge.judge(items)) as outcomes:
-            for at, outcome in outcomes:
-                found[at] = outcome
-                display.finished(at)
-                if isinstance(outcome, Verdict):
-                    failures = 0
-                    if on_verdict is not None:
-                        on_verdict(at, outcome)
-                    continue
+    display = ProgressDisplay.choose(progress, len(items), searching=False, what="verdicts")
+    with display, closing(judge.judge(items)) as outcomes:
+        for at, outcome in outcomes:
+            found[at] = outcome
+            if isinstance(outcome, Verdict):
+                failures = 0
+                if on_verdict is not None:
+                    on_verdict(at, outcome)
+            else:
                 failures += 1
-                if failures == MOST_FAILURES < len(items):
-                    raise JudgeUnavailableError(
-                        f"{failures} items in a row got no verdict; the last, {items[at].name}: {outcome}"
-                    )
+            display.finished(at)
+            if failures == MOST_FAILURES < len(items):
+                raise JudgeUnavailableError(
+                    f"{failures} items in a row got no verdict; the last, {items[at].name}: {outcome}"
+                )
     lost = JudgeError("the judge gave this item no verdict at all")
     return [lost if one is None else one for one in found]

@@ -79,7 +79,9 @@ def summarise(
     )  # fmt: skip
 
 
-def _by_aspect(task: Task, questions: Sequence[Question], verdicts: Mapping[Place, Verdict]) -> dict[str, dict[str, Score]]:
+def _by_aspect(
+    task: Task, questions: Sequence[Question], verdicts: Mapping[Place, Verdict]
+) -> dict[str, dict[str, Score]]:
     found: dict[str, dict[str, Score]] = {}
     for category, rubric in task.rubrics.items():
         given = [verdicts[q.index, 1].scores for q in questions if q.category == category and (q.index, 1) in verdicts]
