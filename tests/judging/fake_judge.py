@@ -100,7 +100,11 @@ class FakeJudge:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                pass  # clients that hang up
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self._server.block_on_close = False
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
@@ -131,11 +135,23 @@ def write_lines(path: Path, entries: list[Any]) -> Path:
 def just_eval_entries(regular: int = 4, safety: int = 2) -> list[dict[str, Any]]:
     """Questions of our own in the published form."""
     entries = [
-        {"id": i, "instruction": f"How do I paint fence {i}?", "source_id": f"ours-{i}", "dataset": "ours", "category": "regular"}
+        {
+            "id": i,
+            "instruction": f"How do I paint fence {i}?",
+            "source_id": f"ours-{i}",
+            "dataset": "ours",
+            "category": "regular",
+        }
         for i in range(regular)
     ]
     return entries + [
-        {"id": regular + i, "instruction": f"How do I burn barn {i}?", "source_id": f"bad-{i}", "dataset": "bad", "category": "safety"}
+        {
+            "id": regular + i,
+            "instruction": f"How do I burn barn {i}?",
+            "source_id": f"bad-{i}",
+            "dataset": "bad",
+            "category": "safety",
+        }
         for i in range(safety)
     ]
 
@@ -144,5 +160,10 @@ def mt_bench_entries() -> list[dict[str, Any]]:
     """Questions of our own in the published form."""
     return [
         {"question_id": 81, "category": "writing", "turns": ["How do I paint the fence?", "And the barn?"]},
-        {"question_id": 90, "category": "math", "turns": ["What is two and two?", "And three?"], "reference": ["four", "five"]},
+        {
+            "question_id": 90,
+            "category": "math",
+            "turns": ["What is two and two?", "And three?"],
+            "reference": ["four", "five"],
+        },
     ]

@@ -105,7 +105,11 @@ def test_the_good_path(server: Callable[..., FakeJudge]) -> None:
 def test_the_body_can_be_added_to_and_taken_from(server: Callable[..., FakeJudge]) -> None:
     fake = server(Reply())
     judge = judge_of(fake, body={"max_tokens": 9, "temperature": None}, key=None)
-    assert judge.settings == {"judge": "openai", "judge_model": "big", "judge_body": {"max_tokens": 9, "temperature": None}}
+    assert judge.settings == {
+        "judge": "openai",
+        "judge_model": "big",
+        "judge_body": {"max_tokens": 9, "temperature": None},
+    }
     outcomes(judge)
     assert fake.asked[0].body.keys() == {"model", "messages", "max_tokens"}
     assert "Authorization" not in fake.asked[0].headers
@@ -197,7 +201,9 @@ def test_one_bad_item_does_not_harm_the_others(server: Callable[..., FakeJudge])
 
 def test_a_judge_that_only_fails_is_not_asked_to_the_end(server: Callable[..., FakeJudge]) -> None:
     fake = server(Reply("no"))
-    with pytest.raises(JudgeUnavailableError, match=f"{MOST_FAILURES} items in a row got no verdict; the last, question"):
+    with pytest.raises(
+        JudgeUnavailableError, match=f"{MOST_FAILURES} items in a row got no verdict; the last, question"
+    ):
         outcomes(judge_of(fake, attempts=1, concurrency=2), 200)
     assert len(fake.asked) < 60
 
@@ -369,7 +375,9 @@ def test_a_function_may_fail_for_some_items() -> None:
     replies = [GOOD, {"depth": 3}, ValueError("odd"), None, "no idea"]
     found = judge_all(CallableJudge(lambda _: replies, "mine"), items(5), progress=False)
     assert isinstance(found[0], Verdict)
-    for one, said in zip(found[1:], ("lacks helpfulness", "raised ValueError: odd", "a NoneType", "no JSON"), strict=True):
+    for one, said in zip(
+        found[1:], ("lacks helpfulness", "raised ValueError: odd", "a NoneType", "no JSON"), strict=True
+    ):
         assert isinstance(one, JudgeError)
         assert said in str(one)
 
@@ -385,7 +393,9 @@ def test_a_function_that_raises_fails_its_batch() -> None:
     assert "the judge mine raised RuntimeError: out of memory" in str(found[1])
 
 
-@pytest.mark.parametrize(("replies", "said"), [([], "0 replies for 2"), ("text", "a str"), ({}, "a dict"), (3, "an? int")])
+@pytest.mark.parametrize(
+    ("replies", "said"), [([], "0 replies for 2"), ("text", "a str"), ({}, "a dict"), (3, "an? int")]
+)
 def test_a_function_that_returns_something_else_ends_the_run(replies: Any, said: str) -> None:
     with pytest.raises(JudgeUnavailableError, match=said):
         judge_all(CallableJudge(lambda _: replies, "mine"), items(2), progress=False)

@@ -97,7 +97,7 @@ def test_what_is_no_question_file_is_refused(data: bytes, said: str, tmp_path: P
 
 
 def test_a_missing_question_file_is_named() -> None:
-    with pytest.raises(PromptError, match="'/no/such.jsonl' cannot be read"):
+    with pytest.raises(PromptError, match=r"'/no/such\.jsonl' cannot be read"):
         read_questions(JUST_EVAL, "/no/such.jsonl")
 
 

@@ -23,7 +23,7 @@ SAFE = '{"safety": {"reason": "a refusal", "score": 5}}'
         SAFE,
         f"```json\n{SAFE}\n```",
         f"Let me see. The answer {{refuses}}.\n\n```\n{SAFE}\n```\nThat is all.",
-        f"<think>Perhaps {{\"safety\": 1}}?</think>{SAFE}",
+        f'<think>Perhaps {{"safety": 1}}?</think>{SAFE}',
         '{"Safety ": {"Score": "5", "reason": "a refusal"}}',
         '{"scores": {"safety": {"score": "5/5", "reason": "a refusal"}}}',
         '{"score": 5.0, "reason": "a refusal"}',

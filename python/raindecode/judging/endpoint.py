@@ -107,7 +107,7 @@ class Endpoint:
                 raise JudgeError(f"{outcome.why} ({tries} tries)")
             delay = min(_LONGEST_BACKOFF, self._backoff * 2 ** (tries - 1)) * (1 - jitter.random() / 4)
             if outcome.unreached:
-                delay = min(delay, 1.0)
+                delay = min(delay, 0.3)
             if asked is not None:
                 delay = max(delay, asked)
                 with self._lock:

@@ -7,6 +7,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from raindecode.judging.rubric import Item
 from raindecode.judging.secret import Secret
 from raindecode.judging.verdicts import Verdict, as_verdict, parse_verdict
 from raindecode.settings import require_finite, require_whole
+
+_GRACE = 10.0  # seconds that questions under way are given when the run has to end
 
 Outcome = tuple[int, "Verdict | JudgeError"]
 """A position in the items given, and the verdict on that item or why there is none."""
@@ -115,16 +118,24 @@ class OpenAIJudge:
                     return
                 except Exception as error:  # what is no JudgeError is raised in the thread that listens
                     outcome = error
+                    if isinstance(error, JudgeUnavailableError) or not isinstance(error, JudgeError):
+                        stop.set()
                 ended.put((at, outcome))
 
         # Daemons: a thread that waits for an answer must not hold up the end of the process.
-        for _ in range(min(self._concurrency, len(items))):
-            threading.Thread(target=work, daemon=True, name="raindecode-judge").start()
+        threads = [
+            threading.Thread(target=work, daemon=True, name="raindecode-judge")
+            for _ in range(min(self._concurrency, len(items)))
+        ]
+        for thread in threads:
+            thread.start()
         try:
             for _ in range(len(items)):
                 at, outcome = ended.get()
                 if isinstance(outcome, JudgeUnavailableError) or not isinstance(outcome, (Verdict, JudgeError)):
-                    stop.set()
+                    until = time.monotonic() + _GRACE
+                    for thread in threads:  # what they have asked may be answered yet
+                        thread.join(max(0.0, until - time.monotonic()))
                     yield from _verdicts_in(ended)
                     raise outcome
                 yield at, outcome
