@@ -27,6 +27,8 @@ _LAYERS = [
     ("raindecode.sweep_figure", 35),
     ("raindecode.requests", 35),
     ("raindecode.prompt_ids", 35),
+    ("raindecode.prefix_store", 35),
+    ("raindecode.prefix_file", 35),
     ("raindecode.activations", 35),
     ("raindecode.search", 30),
     ("raindecode.policy", 20),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from raindecode.errors import ConfigError, ModelError, PromptError
 from raindecode.hidden_edits import ModelIdentity, Tap
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
+from raindecode.prefix_store import Constant, PrefixStore
 from raindecode.progress import ProgressDisplay
 from raindecode.prompt_ids import PromptIds
 from raindecode.requests import Prompt, RequestMaker
@@ -270,14 +272,17 @@ class Decoder:
         stop_token_ids: Sequence[int] = (),
     ) -> list[Request]:
         """Check prompts and settings and make requests of them. Raises as `generate`."""
-        contexts = [context_length_of(runner.model) for runner, _ in self.engine.models]
-        maker = RequestMaker(
-            self._prompt_ids, self.name, self.format, contexts, self._ends, self._vocabulary, lambda: self.identities
-        )
-        return maker.make(
+        return self._maker.make(
             prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
             stop_token_ids=stop_token_ids,
         )  # fmt: skip
+
+    @property
+    def _maker(self) -> RequestMaker:
+        contexts = [context_length_of(runner.model) for runner, _ in self.engine.models]
+        return RequestMaker(
+            self._prompt_ids, self.name, self.format, contexts, self._ends, self._vocabulary, lambda: self.identities
+        )
 
     def sweep(
         self,
@@ -389,6 +394,47 @@ class Decoder:
         made = PassageMaker(self.codec, format, context_length_of(runner.model)).make(passages, pool)
         sites = sites_of(tap, layers, self.identities[model].num_layers)
         return collect(self.engine, made, sites, model, progress)
+
+    def save_prefix(
+        self, path: str | Path, *, policy: Policy | None = None, search: Sampling | RAIN | None = None, system: str = ""
+    ) -> int:
+        """Write the K/V of what every prompt of a policy begins with to a file, computed now where they are not there yet.
+
+        That is the prompt format's constant part (a URIAL prompt, a few-shot prefix) with the system text behind it, as the models of
+        the policy run it under its edits; and of RAIN the constant part of its judge's prompts.
+
+        Args:
+            path: a safetensors file.
+            policy, search: as in `generate`.
+            system: instructions that every conversation begins with.
+        Returns:
+            How many tokens it holds.
+
+        Raises:
+            ConfigError: nothing is constant, or edits are decided prompt by prompt.
+            PrefixFileError: the file cannot be written.
+            PromptError, CapacityError: it does not fit the context or the KV pool.
+        """
+        return self._prefixes.save(path, self._constants(policy, search, system))
+
+    def load_prefix(
+        self, path: str | Path, *, policy: Policy | None = None, search: Sampling | RAIN | None = None, system: str = ""
+    ) -> int:
+        """Read what `save_prefix` wrote, so that no request has to compute it; arguments and result as there.
+
+        Raises:
+            PrefixFileError: the file is missing or damaged, or belongs to another model, adapter, number type, prompt or edit.
+            ConfigError, PromptError, CapacityError: as save_prefix.
+        """
+        return self._prefixes.load(path, self._constants(policy, search, system))
+
+    @cached_property
+    def _prefixes(self) -> PrefixStore:
+        return PrefixStore(self.engine, lambda: self.identities)
+
+    def _constants(self, policy: Policy | None, search: Sampling | RAIN | None, system: str) -> list[Constant]:
+        """What every request of a policy and search begins with."""
+        return self._maker.constants(Policy() if policy is None else policy, search, system)
 
     def stream(
         self,

@@ -10,10 +10,12 @@ from typing import Any, TypeAlias, cast
 from raindecode.errors import ConfigError, PromptError
 from raindecode.hidden_edits import EditPlan, ModelIdentity
 from raindecode.mixture import Mix
-from raindecode.policy.alignez.schedule import Edits, check_fits
+from raindecode.policy.alignez.schedule import Edits, check_fits, constant_schedules
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat, Conversation
+from raindecode.prefix_store import Constant
 from raindecode.prompt_ids import PromptIds
+from raindecode.search.evaluator import SelfEvaluation, judge_prefix
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 from raindecode.settings import as_strings, as_token_ids, is_whole, require_whole
@@ -87,6 +89,24 @@ class RequestMaker:
             )
             for i, prompt in enumerate(every)
         ]  # fmt: skip
+
+    def constants(self, policy: Policy, search: Sampling | RAIN | None, system: str) -> list[Constant]:
+        """What every request of a policy begins with: its prompt, and where a template judges, that one's prompt.
+
+        Raises:
+            ConfigError: as `make`, or edits are decided prompt by prompt.
+        """
+        format, mix = self._format(search, policy), self._mix(search, policy)
+        self._edits(policy)
+        assert isinstance(policy.edits, tuple)
+        rows, judge = constant_schedules(policy.edits, len(self.contexts))
+        found = []
+        if format is not None or system:
+            found.append(Constant("the prompt", self.ids.beginning(format, system), mix, rows))
+        if isinstance(search, RAIN) and isinstance(search.evaluator, SelfEvaluation):
+            ids = judge_prefix(self.ids.codec, search.evaluator.template)
+            found.append(Constant("the judge's prompt", ids, mix.only_first, judge))
+        return [constant for constant in found if constant.ids]
 
     def _known_ids(self, name: str, ids: tuple[int, ...]) -> tuple[int, ...]:
         if any(t >= self.vocabulary for t in ids):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -172,9 +172,7 @@ class Engine:
             UnsupportedModelError: its model has no such place.
         """
         edits = list(dict.fromkeys(edit for _, edit in schedule if edit is not None))
-        if not edits:
-            return None
-        path = self._numbers.path(schedule)
+        path = self.edit_path(schedule)
         for edit in edits:
             number = self._numbers.of(edit)
             for runner in self.runners:
@@ -203,6 +201,42 @@ class Engine:
         if edits is None:
             return tuple(tokens)
         return tuple(token | edits.at(i) << EDIT_SHIFT for i, token in enumerate(tokens))
+
+    def edit_path(self, schedule: Schedule) -> EditPath | None:
+        """A schedule as branches carry it; None where nothing is edited. Nothing is made ready: see `hold`."""
+        return self._numbers.path(schedule) if any(edit is not None for _, edit in schedule) else None
+
+    def insert(
+        self, keys: Sequence[int], pools: int, fill: Callable[[int, Sequence[int], Sequence[int]], None]
+    ) -> None:
+        """Put K/V into the tree that were computed elsewhere, where it lacks them.
+
+        Args:
+            keys: the path, see `keys`.
+            pools: mask of the models whose K/V these are.
+            fill: called for each of these models that lacks rows with its number, their positions and slots; it writes them.
+
+        Raises:
+            CapacityError: they do not fit.
+        """
+        with self._alone():
+            cursor = self.tree.root()
+            try:
+                rows = self.tree.extend(cursor, keys, pools=pools)
+                for model in range(pools.bit_length()):
+                    mine = [row for row in rows if row.pools >> model & 1]
+                    if mine:
+                        fill(model, [row.position for row in mine], [row.slot for row in mine])
+                self.tree.commit()
+            except OutOfSlots as error:
+                raise CapacityError(
+                    f"the KV pool has no room for {len(keys)} more tokens ({error}): raise kv_tokens"
+                ) from error
+            except BaseException:
+                self.tree.rollback()
+                raise
+            finally:
+                self.tree.release(cursor)
 
     def forget(self) -> None:
         """Drop everything cached that no request under way uses, what is pinned included."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -27,31 +28,37 @@ class Pins:
         """Of all pinned prompts, those that share a beginning counted apart."""
         return sum(len(keys) for keys, _ in self._cursors)
 
-    def takes(self, length: int) -> bool:
-        """Whether a prompt of so many tokens would be pinned."""
-        return LEAST_PINNED <= length <= self._tree.num_slots // _SHARE
+    @property
+    def most(self) -> int:
+        """Tokens that can be pinned at a time."""
+        return self._tree.num_slots // _SHARE
 
-    def pin(self, keys: Sequence[int], pools: int) -> bool:
-        """Hold the K/V of a path, where all of `pools` have all of it; whether they did.
+    def takes(self, length: int, least: int = LEAST_PINNED) -> bool:
+        """Whether a prompt of so many tokens would be pinned."""
+        return least <= length <= self.most
+
+    def pin(self, keys: Sequence[int], pools: int, *, least: int = LEAST_PINNED) -> array[int] | None:
+        """Hold the K/V of a path, where all of `pools` have all of it; its slots, or None.
 
         Args:
             keys: the path as the KV tree spells it.
+            least: tokens it must have.
         """
         name = tuple(keys), pools
         if name in self._cursors:
             self._cursors.move_to_end(name)
-            return True
-        if not self.takes(len(keys)):
-            return False
+            return self._tree.slots(self._cursors[name])
+        if not self.takes(len(keys), least):
+            return None
         cursor = self._tree.match(keys, pools=pools)
         if cursor.length < len(keys):
             self._tree.release(cursor)
-            return False
+            return None
         self._tree.part(cursor)
         self._cursors[name] = cursor
-        while self.num_tokens > self._tree.num_slots // _SHARE:
+        while self.num_tokens > self.most:
             self._tree.release(self._cursors.popitem(last=False)[1])
-        return True
+        return self._tree.slots(cursor)
 
     def clear(self) -> bool:
         """Let go of everything; whether there was anything."""
