@@ -327,7 +327,7 @@ def test_a_question_that_does_not_fit_harms_no_other(cli: Cli) -> None:
     entries[1]["instruction"] = "Why? " * 2000
     write_lines(Path("just.jsonl"), entries)
     said = refusal(cli(*JUST, "--judge", "scores:good"))
-    assert "question 1, turn 1: prompt 0 has" in said
+    assert "question 1, turn 1, has" in said
     assert [one["id"] for one in json.loads(Path("out/just-eval.json").read_text())] == [0, 2, 3, 4, 5]
     summary = json.loads(Path("out/summary.json").read_text())
     assert (summary["failed_answers"], summary["verdicts"]) == (1, 5)

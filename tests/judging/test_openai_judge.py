@@ -164,10 +164,12 @@ def test_a_judge_that_is_late_once_is_asked_again(server: Callable[..., FakeJudg
 # ---- nonsense ---------------------------------------------------------------------------------------------------------
 def test_an_aspect_that_was_left_out_is_asked_for_again(server: Callable[..., FakeJudge]) -> None:
     short = json.dumps({name: entry for name, entry in GOOD.items() if name != "depth"})
-    fake = server(Reply(short), Reply())
+    fake = server(Reply(short), Reply("no"), Reply())
     [found] = outcomes(judge_of(fake))
     assert isinstance(found, Verdict)
-    first, second = fake.asked
+    first, second, third = fake.asked
+    assert third.body["messages"][:3] == second.body["messages"]
+    assert [one["role"] for one in third.body["messages"]] == ["user", "assistant"] * 2 + ["user"]
     assert second.body["messages"][0] == first.body["messages"][0]
     assert second.body["messages"][1] == {"role": "assistant", "content": short}
     assert "lacks depth" in second.body["messages"][2]["content"]

@@ -26,6 +26,7 @@ from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 
 Record = dict[str, Any]
+_WIDTH = 120  # of the table where the output is no terminal
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class InstructionRun:
         data = {**summary.to_json(), **judged, "failed_answers": len(failed), "failed_verdicts": len(lost)}
         self.folder.write(SUMMARY, json.dumps(data, indent=2) + "\n")
         console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=_WIDTH)
         if summary.scores:
             console.print(summary_table(self.task, summary))
         else:

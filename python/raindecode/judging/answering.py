@@ -60,7 +60,8 @@ def answer_questions(
                     seed=seed + question.index * task.turns + turn - 1,
                 )  # fmt: skip
             except PromptError as error:
-                failed[place] = PromptError(f"question {question.id}, turn {turn}: {error}")
+                said_of = str(error).removeprefix("prompt 0 ")
+                failed[place] = PromptError(f"question {question.id}, turn {turn}, {said_of}")
                 continue
             left.append((place, request))
         requests = [request for _, request in left]

@@ -51,8 +51,8 @@ class OpenAIJudge:
         url: the address in front of /chat/completions.
         key: sent as bearer token when there is one; it shows up nowhere else.
         concurrency: questions under way together.
-        attempts: how often an item is asked in all when the reply is no verdict; the reply and what is wrong with it are put
-            into the next question.
+        attempts: how often an item is asked in all when the reply is no verdict; what was said, and what is wrong with it, stands in
+            the next question.
         body: more fields of the request, such as {"max_tokens": 800}; None takes a field out. The temperature is 0 without.
         timeout, retries, backoff, patience: see Endpoint.
 
@@ -162,8 +162,10 @@ class OpenAIJudge:
             if reply:
                 again = f"That cannot be used: {problem}. Reply with the JSON object alone, in the form asked for."
                 messages = [
-                    messages[0], {"role": "assistant", "content": reply[:4000]}, {"role": "user", "content": again},
-                ]  # fmt: skip
+                    *messages,
+                    {"role": "assistant", "content": reply[:4000]},
+                    {"role": "user", "content": again},
+                ]
         raise AssertionError("unreachable: attempts is at least 1")
 
 
