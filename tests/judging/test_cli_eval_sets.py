@@ -301,6 +301,38 @@ def test_what_is_there_is_neither_overwritten_nor_mixed_up(cli: Cli, asked: list
     assert len(lines("out/answers.jsonl")) == len(lines("out/verdicts.jsonl")) == 2
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("answers", {"answer": None}, "line 2 of 'out/answers.jsonl' holds no answer"),
+        ("answers", {"answer": {"tokens": 3}}, "holds no answer"),
+        ("answers", {"turn": 2}, "is about id 1, turn 2, which the questions do not have there"),
+        ("answers", {"index": 99}, "which the questions do not have there"),
+        ("answers", {"index": True}, "which the questions do not have there"),
+        (
+            "answers",
+            {"index": 0, "id": 0, "question": "How do I paint fence 0?"},
+            "holds question 0, turn 1 a second time",
+        ),
+        ("verdicts", {"verdict": [["depth", 3]]}, "line 2 of 'out/verdicts.jsonl' holds no verdict"),
+        ("verdicts", {"verdict": {"depth": 9}}, "holds no verdict"),
+        (
+            "verdicts",
+            {"answer": "0" * 16},
+            "line 2 of 'out/verdicts.jsonl' is a verdict on another answer to question 1",
+        ),
+        ("verdicts", {"settings": None}, "does not say what settings it was made with"),
+    ],
+)
+def test_files_that_were_tampered_with_are_refused(cli: Cli, file: str, change: dict[str, Any], said: str) -> None:
+    assert cli(*JUST, "--limit", "2", "--judge", "scores:good").code == 0
+    first, second = sorted(lines(f"out/{file}.jsonl"), key=lambda one: int(one["id"]))
+    write_lines(Path(f"out/{file}.jsonl"), [first, {**second, **change}])
+    before = Path(f"out/{file}.jsonl").read_bytes()
+    assert said in refusal(cli(*JUST, "--limit", "2", "--judge", "scores:good", "--resume"))
+    assert Path(f"out/{file}.jsonl").read_bytes() == before
+
+
 def test_answers_of_a_file_are_judged_without_a_model(cli: Cli, asked: list[Request]) -> None:
     assert cli(*MT, "--judge", "none").code == 0
     asked.clear()
@@ -341,7 +373,7 @@ def test_rain_a_mixture_and_a_prompt_together(cli: Cli) -> None:
     settings = one["settings"]
     assert (settings["search"], settings["lambda"], settings["prompt"]["name"]) == ("rain", [0.5], "urial")
     assert one["answer"]["seed"] == 3
-    assert json.loads(Path("out/summary.json").read_text())["model"] == "testbed + rain + testbed + 0.5 + urial"
+    assert json.loads(Path("out/summary.json").read_text())["model"] == "testbed + rain + dera testbed 0.5 + urial"
 
 
 @pytest.mark.parametrize(
@@ -365,7 +397,7 @@ def test_rain_a_mixture_and_a_prompt_together(cli: Cli) -> None:
         (f"{' '.join(JUST)} --judge-model big", "--judge-model was given, and no judge was chosen"),
         (f"{' '.join(JUST)} --judge scores:good --judge-url http://x/v1", "--judge-url was given, and --judge scores:good is a Python"),
         (f"{' '.join(JUST)} --judge openai --judge-model m --judge-batch 3", "--judge-batch was given"),
-        (f"{' '.join(JUST)} --judge openai --judge-model m --judge-key-env NOT_SET", "NOT_SET holds no key"),
+        (f"{' '.join(JUST)} --judge openai --judge-model m --judge-key-env NOT_SET", "--judge-key-env names no environment variable"),
         (f"{' '.join(JUST)} --judge openai --judge-model m --judge-body [1]", "allowed: a JSON object"),
         (f"{' '.join(JUST)} --judge no_such:f", "cannot be loaded"),
         (f"{' '.join(JUST)} --limit 0", "--limit is 0"),
@@ -377,6 +409,12 @@ def test_what_makes_no_sense_is_refused(cli: Cli, words: str, said: str) -> None
     assert said in refusal(result)
     assert result.out == ""
     assert not Path("out/answers.jsonl").exists() or not Path("out/answers.jsonl").read_text()
+
+
+def test_a_key_given_in_the_place_of_its_variable_is_not_repeated(cli: Cli) -> None:
+    result = cli(*JUST, "--judge", "openai", "--judge-model", "m", "--judge-key-env", "sk-another-key-0123")
+    assert "names no environment variable" in refusal(result)
+    assert "0123" not in result.err
 
 
 def test_openai_itself_needs_a_key(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

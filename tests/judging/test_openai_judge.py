@@ -351,10 +351,16 @@ def test_an_address_with_a_password_is_not_shown() -> None:
     assert KEY.replace("/", "") not in str(raised.value)
 
 
-def test_the_librarys_logs_are_left_alone_afterwards(server: Callable[..., FakeJudge]) -> None:
-    before = list(logging.getLogger("httpcore2.http11").filters)
-    outcomes(judge_of(server(Reply())))
-    assert logging.getLogger("httpcore2.http11").filters == before
+def test_what_comes_back_after_the_end_is_hidden_too(
+    server: Callable[..., FakeJudge], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        outcomes(judge_of(server(Reply())))
+    log = logging.getLogger("httpcore2.http11")
+    with caplog.at_level(logging.DEBUG, log.name):
+        log.debug("%s", f"late: {KEY}")
+    assert caplog.messages[-1] == "late: [key]"
+    assert len(log.filters) == 1
 
 
 # ---- functions --------------------------------------------------------------------------------------------------------

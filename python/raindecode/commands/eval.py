@@ -263,11 +263,11 @@ def _answerer(
         **{name: value for name, value in shape.items() if value is not None}, **others.settings, **edits.settings,
         **written.settings,
     }  # fmt: skip
-    parts = [model, *(["rain"] if not plain else []), *((*others.adapters, *others.models) if others.dera else ())]
+    label = [model] if plain else [model, "rain"]
     if others.dera is not None:
-        parts.append(others.dera.label)
-    label = " + ".join([*parts, *([edits.label] if edits.label else []), *([written.label] if written.label else [])])
+        label.append(" ".join(("dera", *others.adapters, *others.models, others.dera.label)))
+    label += [one for one in (edits.label, written.label) if one]
     return Answerer(
-        lambda: load_decoder(model, **loading, **others.loading), label, chosen,
+        lambda: load_decoder(model, **loading, **others.loading), " + ".join(label), chosen,
         policy_of(False, preset, chosen, others.dera, edits.edits, written.format), most, seed, settings,
     )  # fmt: skip

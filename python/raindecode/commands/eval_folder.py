@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
 from raindecode.commands.answer_file import AnswerFile, Record, check_settings
@@ -14,6 +15,7 @@ from raindecode.judging.rubric import Item
 from raindecode.judging.tasks import Question, Task
 from raindecode.judging.verdicts import Verdict, as_verdict
 
+_FIELDS = [field.name for field in fields(Answer)]
 ANSWERS, VERDICTS, SUMMARY = "answers.jsonl", "verdicts.jsonl", "summary.json"
 
 
@@ -89,13 +91,11 @@ class EvalFolder:
                     f"line {number} of {file.path!r} answers another question {question.id} than that of --questions: give "
                     "the same questions to go on, or name another folder"
                 )
-            answer = record.get("answer")
-            try:
-                found[_new(found, place, file, number)] = Answer(**answer)  # type: ignore[arg-type]
-            except TypeError as error:
-                raise ConfigError(
-                    f"line {number} of {file.path!r} holds no answer: remove the line, or --overwrite"
-                ) from error
+            given = record.get("answer")
+            known = {name: given[name] for name in _FIELDS if name in given} if isinstance(given, dict) else {}
+            if not isinstance(known.get("text"), str):
+                raise ConfigError(f"line {number} of {file.path!r} holds no answer: remove the line, or --overwrite")
+            found[_new(found, place, file, number)] = Answer(**known)
         return found
 
     def add_answer(self, place: Place, question: Question, answer: Answer) -> None:
@@ -143,16 +143,14 @@ class EvalFolder:
                     f"line {number} of {file.path!r} is a verdict on another answer to question {question.id}: give the same "
                     "answers to go on, or name another folder"
                 )
+            given = record.get("verdict")
             try:
-                found[_new(found, place, file, number)] = as_verdict(
-                    dict(record["verdict"]), self._task.rubric(question.category)
-                )
-            except (KeyError, TypeError, ValueError, JudgeError) as error:
-                if isinstance(error, ConfigError):
-                    raise
+                verdict = as_verdict(given if isinstance(given, dict) else {}, self._task.rubric(question.category))
+            except JudgeError as error:
                 raise ConfigError(
                     f"line {number} of {file.path!r} holds no verdict: remove the line, or --overwrite"
                 ) from error
+            found[_new(found, place, file, number)] = verdict
         return {place: verdict for place, verdict in found.items() if place in mine}
 
     def add_verdict(self, item: Item, verdict: Verdict) -> None:

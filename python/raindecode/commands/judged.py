@@ -122,7 +122,9 @@ def _key(url: str, variable: str | None) -> Secret:
     name = _KEY if variable is None else variable
     secret = Secret.from_environment(name)
     at_openai = urlsplit(checked_url(url)).hostname == urlsplit(_URL).hostname
-    if not secret and (variable is not None or at_openai):
+    if not secret and variable is not None:  # what was given may be the key itself: it is not repeated
+        raise ConfigError("--judge-key-env names no environment variable that holds a key: give its name, and set it")
+    if not secret and at_openai:
         raise ConfigError(f"the environment variable {name} holds no key: set it, or name another with --judge-key-env")
     return secret
 

@@ -57,26 +57,27 @@ class Secret:
             return text
         return text.replace(self._value, HIDDEN).replace(quote(self._value, safe=""), HIDDEN)
 
-    def guard_logs(self) -> logging.Filter:
-        """Keep the key out of what the HTTP library logs: at level DEBUG it logs the headers of answers, which may echo it.
-
-        Returns:
-            The filter, for `release_logs`.
-        """
-        hide = self.hide
-
-        class Hiding(logging.Filter):
-            def filter(self, record: logging.LogRecord) -> bool:
-                record.msg, record.args = hide(record.getMessage()), None
-                return True
-
-        guard = Hiding()
+    def guard_logs(self) -> None:
+        """Keep the key out of what the HTTP library logs, from now on: at level DEBUG it logs the headers of answers, and an endpoint
+        may send the key back in one. Threads may outlive whoever asked, so this is not undone."""
+        _HIDING.secrets.append(self)
         for name in _LOGGERS:
-            logging.getLogger(name).addFilter(guard)
-        return guard
+            logging.getLogger(name).addFilter(_HIDING)  # once, however often it is added
 
 
-def release_logs(guard: logging.Filter) -> None:
-    """Undo `Secret.guard_logs`."""
-    for name in _LOGGERS:
-        logging.getLogger(name).removeFilter(guard)
+class _Hiding(logging.Filter):
+    """Hides keys in log records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.secrets: list[Secret] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        for secret in self.secrets:
+            text = secret.hide(text)
+        record.msg, record.args = text, None
+        return True
+
+
+_HIDING = _Hiding()
