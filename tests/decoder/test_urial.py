@@ -109,10 +109,19 @@ def test_published_files(name: str, examples: int, tokens: int, asked: int) -> N
         ("# Instruction\nBe kind.\n# Query:\n```\nHi?\n```", "line 3: '# Query:' has no answer"),
         ("# Instruction\nBe kind.\n# Query:\n```\nHi?\n# Answer:\n```\nHello!\n```", "in line 4 that are not closed"),
         ("# Instruction\nBe kind.\n# Query:\n```\nHi?\n```\n# Answer:\n```\nHello!", "in line 8 that are not closed"),
-        ("# Instruction\nBe kind.\n# Query:\nHi?\n# Answer:\n```\nHello!\n```", "line 3: '# Query:' has no text in triple"),
-        ("# Instruction\nBe kind.\n# Query:\n```\n\n```\n# Answer:\n```\nHello!\n```", "line 3: '# Query:' has no text in"),
+        (
+            "# Instruction\nBe kind.\n# Query:\nHi?\n# Answer:\n```\nHello!\n```",
+            "line 3: '# Query:' has no text in triple",
+        ),
+        (
+            "# Instruction\nBe kind.\n# Query:\n```\n\n```\n# Answer:\n```\nHello!\n```",
+            "line 3: '# Query:' has no text in",
+        ),
         ("# Instruction\nBe kind.\n# Query:\n```\nHi?\n```\nwell\n# Answer:\n```\nHello!\n```", "text beside .*'well'"),
-        ("# Instruction\nBe kind.\n# Query:\n```a```\n# Query:\n```b```", "line 5: '# Query:' stands where an answer belongs"),
+        (
+            "# Instruction\nBe kind.\n# Query:\n```a```\n# Query:\n```b```",
+            "line 5: '# Query:' stands where an answer belongs",
+        ),
         (BLOCK + "\n# Answer:\n```c```\n# Query:\n```d```", "line 16: '# Answer:' stands where '# Query:' belongs"),
         (BLOCK + "\0", "null character"),
     ],
@@ -283,7 +292,10 @@ def test_streamed_pieces_are_the_cleaned_answer(search: str) -> None:
 def test_every_search_and_policy_takes_a_urial_prompt() -> None:
     decoder = Decoder(reference_model(), byte_tokenizer(), kv_tokens=2000)
     urial = URIAL.parse(BLOCK)
-    for search in (Sampling.greedy(), RAIN(evaluator=lambda pairs: [0.0] * len(pairs), max_iterations=2, min_new_iterations=1)):
+    for search in (
+        Sampling.greedy(),
+        RAIN(evaluator=lambda pairs: [0.0] * len(pairs), max_iterations=2, min_new_iterations=1),
+    ):
         (done,) = decoder.generate([says("user", "a")], search=search, policy=Policy(prompt=urial), max_new_tokens=4)
         assert "```" not in done.text
         assert len(done.token_ids) <= 4
