@@ -104,7 +104,8 @@ class ProgressDisplay:
         self._clock = clock
         self._bar = bar
         self._row = None if bar is None else bar.add_task(f"{what} 0/{total:,}", total=total)
-        self._every = _LINE_SECONDS if bar is None else _BAR_SECONDS
+        # Nothing but its end is told of a verdict: were one left out, the bar would be behind until the next.
+        self._every = _LINE_SECONDS if bar is None else _BAR_SECONDS if what == "answers" else 0.0
         self._due = clock() + self._every
         self._line = ""  # written last
 

@@ -18,6 +18,7 @@ import pytest
 from fake_judge import ALL_GOOD, GOOD, Asked, FakeJudge, Reply, judging
 
 from raindecode.errors import ConfigError, JudgeError, JudgeUnavailableError
+from raindecode.judging import endpoint
 from raindecode.judging.endpoint import checked_url, retry_after
 from raindecode.judging.judges import CallableJudge, OpenAIJudge
 from raindecode.judging.rubric import ASPECTS, Item
@@ -278,6 +279,12 @@ def test_addresses_that_are_none(url: str) -> None:
 def test_settings_that_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         OpenAIJudge("big", "http://127.0.0.1:1/v1", **options)
+
+
+def test_the_library_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "httpx2", None)
+    with pytest.raises(ConfigError, match=r"needs the package httpx2: pip install 'rainkernels\[judge\]'"):
+        OpenAIJudge("big", "http://127.0.0.1:1/v1")
 
 
 # ---- the key ----------------------------------------------------------------------------------------------------------
