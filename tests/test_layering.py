@@ -24,6 +24,7 @@ _LAYERS = [
     ("raindecode.decoder", 40),
     ("raindecode.sweep", 35),
     ("raindecode.sweep_figure", 35),
+    ("raindecode.shift_page", 35),
     ("raindecode.requests", 35),
     ("raindecode.activations", 35),
     ("raindecode.search", 30),
