@@ -25,6 +25,7 @@ _LAYERS = [
     ("raindecode.decoder", 40),
     ("raindecode.sweep", 35),
     ("raindecode.sweep_figure", 35),
+    ("raindecode.shift_page", 35),
     ("raindecode.requests", 35),
     ("raindecode.prompt_ids", 35),
     ("raindecode.prefix_store", 35),

@@ -45,7 +45,7 @@ def test_every_family_with_triton_kernels_is_interpreted() -> None:
 
 def test_a_failure_in_the_interpreter_is_seen() -> None:
     """The gate itself: a child with a wrong kernel fails, and its report says which."""
-    done = interpret(FOLDER.parent / "kernels" / "interpreter_probe.py")
+    done = interpret(FOLDER.parent / "kernels" / "interpreter_probe.py", "--noconftest")
     assert done.returncode == 1
     assert "1 failed, 1 passed" in done.stdout
     assert "test_a_wrong_kernel" in done.stdout
