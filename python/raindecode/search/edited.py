@@ -29,8 +29,15 @@ def search_edited(context: SearchContext, search: Searches) -> Search:
 
 
 def _edited(context: SearchContext, search: Searches) -> Generator[Any, Any, Any]:
+    edited = yield from with_edits(context)
+    return (yield from search.search(edited))
+
+
+def with_edits(context: SearchContext) -> Generator[Any, Any, SearchContext]:
+    """The context of a request with its edits ready: what is edited is decided by the prompt where an edit asks for that."""
     plan, ids = context.request.edits, context.request.prompt_ids
-    assert plan is not None
+    if plan is None:
+        return context
     num_models = len(context.request.mix.weights)
     wants = []
     for model, sites in plan.queries.items():
@@ -45,5 +52,4 @@ def _edited(context: SearchContext, search: Searches) -> Generator[Any, Any, Any
         states[model] = dict(zip(want.taps, answer.tapped, strict=True))
     rows, judge = plan.schedule(len(ids), states)
     engine, ledger = context.engine, context.ledger
-    edited = replace(context, edits=engine.hold(ledger, rows), judge_edits=engine.hold(ledger, judge))
-    return (yield from search.search(edited))
+    return replace(context, edits=engine.hold(ledger, rows), judge_edits=engine.hold(ledger, judge))

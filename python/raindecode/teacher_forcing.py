@@ -1,0 +1,180 @@
+"""Teacher forcing: answers run through two models of an engine, and every token's rank, divergence and candidates noted."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from raindecode.engine.branch import Ledger
+from raindecode.engine.engine import Engine, Task
+from raindecode.engine.mixing import mixed_block
+from raindecode.engine.types import Want
+from raindecode.errors import NumericError
+from raindecode.mixture import Mix
+from raindecode.progress import ProgressDisplay
+from raindecode.search.context import SearchContext, together
+from raindecode.search.edited import with_edits
+from raindecode.text import Codec
+from raindecode.token_shift import ShiftedAnswer
+from raindecode.types import Request
+from rainkernels.ops.logits import rank
+
+_STEP_BYTES = 192 * 2**20  # of logits in flight; what is made of one answer's comes on top
+_STEP_ROWS = 2048  # more in one step make nothing faster
+
+
+@dataclass(frozen=True)
+class Forced:
+    """An answer and the two requests it stands behind.
+
+    Attributes:
+        token_ids: at least one.
+        is_top: every token is the aligned side's most likely one.
+    """
+
+    index: int
+    base: Request
+    aligned: Request
+    token_ids: Sequence[int]
+    text: str
+    finish_reason: str
+    is_top: bool
+
+
+class _Measured(NamedTuple):
+    """Columns of ShiftedAnswer that come of logits, for some of an answer's tokens, on the cpu."""
+
+    ranks: Tensor
+    logprob_base: Tensor
+    logprob_aligned: Tensor
+    kl: Tensor
+    aligned_top_ranks: Tensor
+    candidate_ids: Tensor
+    candidate_probs: Tensor
+
+
+def force(
+    engine: Engine, codec: Codec, answers: Sequence[Forced], *, top: int, progress: bool | None
+) -> Iterator[tuple[int, ShiftedAnswer | BaseException]]:
+    """Compare the models along answers; (index, what was found or why it failed) as each ends.
+
+    Answers go through the models in waves, so that the logits in flight stay below 256 MB whatever the vocabulary and
+    `max_concurrent`; of an answer longer than that in pieces.
+
+    Args:
+        top: candidates of the base side per token.
+    """
+    with ProgressDisplay.choose(progress, len(answers), searching=False) as display:
+        for wave, rows in _waves(engine, answers):
+            tasks = (_task(engine, codec, one, rows, top, display) for one in wave)
+            with closing(engine.run(tasks)) as ended:
+                for task in ended:
+                    display.finished(task.tag)
+                    yield task.tag, task.result if task.error is None else task.error
+
+
+def rows_in_flight(engine: Engine, mixes: Sequence[Mix]) -> int:
+    """How many positions may have their logits in memory at once, for sides mixed like this."""
+    width = max(one.model.config.get_text_config().vocab_size for one in engine.runners)
+    # Of an answer that fills a step by itself: a mixture takes three times its rows, and rows that are ranked again are copied.
+    blocks = sum(mix.models.bit_count() + (0 if mix.single is not None else 3) for mix in mixes) + 2
+    return max(1, min(_STEP_ROWS, _STEP_BYTES // (4 * width * blocks)))
+
+
+def _waves(engine: Engine, answers: Sequence[Forced]) -> Iterator[tuple[list[Forced], int]]:
+    """Answers that run together, and how many positions of each at a time."""
+    if not answers:
+        return
+    most = rows_in_flight(engine, [answers[0].base.mix, answers[0].aligned.mix])
+    wave: list[Forced] = []
+    rows = 0
+    for one in answers:
+        if wave and rows + len(one.token_ids) > most:
+            yield wave, most
+            wave, rows = [], 0
+        wave.append(one)
+        rows += len(one.token_ids)
+    yield wave, most
+
+
+def _task(engine: Engine, codec: Codec, one: Forced, rows: int, top: int, display: ProgressDisplay) -> Task:
+    ledger = Ledger()
+    sides = [
+        SearchContext(engine, codec, ledger, replace(side, mix=replace(side.mix, stats=False)))
+        for side in (one.base, one.aligned)
+    ]
+    return Task(_forced(one, sides, rows, top, display.reporter(one.index)), ledger, tag=one.index)
+
+
+def _forced(
+    one: Forced, sides: Sequence[SearchContext], rows: int, top: int, report: Any
+) -> Generator[Any, Any, ShiftedAnswer]:
+    """A request of the engine: both sides' rows behind the same tokens, in the same forwards."""
+    engine = sides[0].engine
+    ready = yield from together(*(with_edits(side) for side in sides))
+    branches = [side.open(side.request.prompt_ids) for side in ready]
+    starts = [branch.length - 1 for branch in branches]  # the row behind the prompt speaks of the first token
+    tokens = torch.tensor(one.token_ids, dtype=torch.int32)
+    parts: list[_Measured] = []
+    for first in range(0, len(tokens), rows):
+        last = min(first + rows, len(tokens))
+        for branch in branches:
+            branch.reserve = branch.length + len(tokens)
+            branch.append(one.token_ids[max(first - 1, 0) : last - 1])
+        got = yield [
+            Want(branch, rows_from=start + first) for branch, start in zip(branches, starts, strict=True)
+        ]  # fmt: skip
+        base, aligned = (
+            mixed_block(answer.rows, side.request.mix, engine.vocab_size)
+            for answer, side in zip(got, ready, strict=True)
+        )
+        del got
+        parts.append(_measure(base, aligned, tokens[first:last], first, top, one.is_top))
+        if report is not None:
+            report(last, 0)
+    columns = parts[0] if len(parts) == 1 else _Measured(*map(torch.cat, zip(*parts, strict=True)))
+    return ShiftedAnswer(
+        one.index, one.base.prompt, one.text, one.finish_reason, tokens.numpy(), *(c.numpy() for c in columns)
+    )
+
+
+@torch.inference_mode()
+def _measure(base: Tensor, aligned: Tensor, tokens: Tensor, first: int, top: int, is_top: bool) -> _Measured:
+    """What `rank` and the largest logits say of rows [n, vocabulary]. The first row is that of token `first`.
+
+    Raises:
+        NumericError: a row is no distribution.
+    """
+    if base.dtype != aligned.dtype:
+        base, aligned = base.float(), aligned.float()
+    tokens = tokens.to(base.device)
+    found = rank(base, aligned, tokens)
+    if not bool(found.rank.all()):
+        at = first + int((found.rank == 0).nonzero()[0])
+        raise NumericError(
+            f"the logits at token {at} of the answer hold NaN, +inf or nothing but -inf: one of the two models produced no number"
+        )
+    top_ranks = found.rank
+    if not is_top:
+        best = aligned.argmax(dim=1).int()
+        others = (best != tokens).nonzero()[:, 0]
+        if len(others):
+            top_ranks = top_ranks.clone()
+            top_ranks[others] = rank(base[others], aligned[others], best[others]).rank
+    values, ids = base.topk(min(top, base.shape[1]), dim=1)
+    # The rank op has summed the row up already: log sum exp z = z_token - log p(token), unless the token is ruled out.
+    lse = base.gather(1, tokens[:, None].long())[:, 0].float() - found.logprob_base
+    ruled_out = torch.isnan(lse)
+    if bool(ruled_out.any()):
+        lse[ruled_out] = base[ruled_out].float().logsumexp(dim=1)
+    probs = (values.float() - lse[:, None]).exp()
+    return _Measured(*(
+        column.cpu() for column in (
+            found.rank, found.logprob_base, found.logprob_aligned, found.kl, top_ranks, ids.int(), probs,
+        )
+    ))  # fmt: skip
