@@ -410,8 +410,9 @@ class Decoder:
         failed = [one for _, one in sorted(outcomes.items()) if isinstance(one, BaseException)]
         if failed and errors == "raise":
             raise failed[0]
+        base_label, aligned_label = (label_of(policy, self.name) for policy in policies)
         return TokenShift(
-            *(label_of(policy, self.name) for policy in policies),
+            base_label, aligned_label,
             answers=[one for _, one in sorted(outcomes.items()) if isinstance(one, ShiftedAnswer)],
             codec=self.codec, errors=tuple(failed), model_steps=self.engine.model_steps - steps,
             seconds=time.perf_counter() - started,

@@ -7,13 +7,14 @@ from dataclasses import replace
 from numbers import Real
 from typing import TypeAlias
 
+import numpy as np
+
 from raindecode.errors import ConfigError, PromptError
 from raindecode.policy.alignez.edits import AlignEZ
 from raindecode.policy.alignez.schedule import models_of
 from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
-from raindecode.settings import is_whole
 from raindecode.teacher_forcing import Forced
 from raindecode.text import Codec
 from raindecode.types import Completion, Request
@@ -147,8 +148,13 @@ def _answer_ids(codec: Codec, request: Request, answer: str, index: int) -> list
 
 
 def _known_ids(answer: object, index: int, vocab_size: int) -> list[int]:
-    if not isinstance(answer, Sequence) or not all(is_whole(t) for t in answer):
+    try:
+        ids = np.asarray(answer)
+    except ValueError:  # lists of unequal length
+        ids = np.zeros(0)
+    if not isinstance(answer, Sequence) or ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
         raise PromptError(f"answer {index} is {answer!r:.60}; give a text or a list of token ids")
-    if any(not 0 <= t < vocab_size for t in answer):
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise PromptError(f"answer {index} holds token ids that no model knows; allowed: 0 to {vocab_size - 1}")
-    return [int(t) for t in answer]
+    found: list[int] = ids.tolist()
+    return found
