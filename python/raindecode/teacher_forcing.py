@@ -186,7 +186,7 @@ def _measure(base: Tensor, aligned: Tensor, tokens: Tensor, first: int, top: int
         values.float() - lse[:, None],
     )
     *kept, logprobs = (column.cpu().numpy() for column in columns)
-    return _Columns(*kept, np.exp(logprobs))  # of so few numbers, torch takes a hundred times as long
+    return *kept, np.exp(logprobs)  # of so few numbers, torch takes a hundred times as long
 
 
 def _largest(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
