@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -101,10 +102,23 @@ def _waves(engine: Engine, answers: Sequence[Forced]) -> Iterator[tuple[list[For
 def _task(engine: Engine, codec: Codec, one: Forced, rows: int, top: int, display: ProgressDisplay) -> Task:
     ledger = Ledger()
     sides = [
-        SearchContext(engine, codec, ledger, replace(side, mix=replace(side.mix, stats=False)))
+        SearchContext(engine, codec, ledger, replace(side, mix=_unmeasured(side.mix)))
         for side in (one.base, one.aligned)
     ]
     return Task(_forced(one, sides, rows, top, display.reporter(one.index)), ledger, tag=one.index)
+
+
+@lru_cache(maxsize=64)
+def _unmeasured(mix: Mix) -> Mix:
+    """The same distribution; one object for all requests, so that what a Mix works out it works out once."""
+    return replace(mix, stats=False)
+
+
+@lru_cache(maxsize=64)
+def _of_both(one: Mix, other: Mix) -> Mix | None:
+    """A mixture for which just the models run that run for either of two, whatever it weighs; None where there is none."""
+    union = one.models | other.models
+    return next((mix for mix in (one, other, replace(one, stats=True)) if mix.models == union), None)
 
 
 def _forced(
@@ -112,7 +126,8 @@ def _forced(
 ) -> Generator[Any, Any, ShiftedAnswer]:
     """A request of the engine: both sides' rows behind the same tokens, in the same forwards."""
     engine = sides[0].engine
-    ready = yield from together(*(with_edits(side) for side in sides))
+    edited = any(side.request.edits is not None for side in sides)
+    ready = (yield from together(*(with_edits(side) for side in sides))) if edited else sides
     branches = _open(ready)
     starts = [branch.length - 1 for branch in branches]  # the row behind the prompt speaks of the first token
     tokens = torch.tensor(one.token_ids, dtype=torch.int32)
@@ -138,11 +153,9 @@ def _forced(
 def _open(sides: Sequence[SearchContext]) -> list[Branch]:
     """A branch behind each side's prompt; one for both where they read the same, so that its rows are planned once."""
     base, aligned = sides
-    mixes = [side.request.mix for side in sides]
-    same = list(base.request.prompt_ids) == list(aligned.request.prompt_ids) and base.edits == aligned.edits
-    union = mixes[0].models | mixes[1].models
-    for mix in (*mixes, replace(mixes[0], stats=True)) if same else ():
-        if mix.models == union:
+    if list(base.request.prompt_ids) == list(aligned.request.prompt_ids) and base.edits == aligned.edits:
+        mix = _of_both(base.request.mix, aligned.request.mix)
+        if mix is not None:
             return [base.engine.open(base.ledger, base.request.prompt_ids, mix, base.edits)]
     return [side.open(side.request.prompt_ids) for side in sides]
 

@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from raindecode.mixture import SINGLE, Mix
 # Every engine alive, so that a test can assert that no request left a slot behind.
 LIVE_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 
+_pools = attrgetter("pools")
 StepRows = dict[tuple[int, int], LogitRow]  # by slot and model
 
 
@@ -339,7 +341,7 @@ class Engine:
         assert first is not None
         plan.blocks.add(want, models, self.tree.slots(cursor)[first:])
         fresh = bool(rows) and rows[0].position <= first and len(rows) == cursor.length - rows[0].position
-        if fresh and all(row.pools == models for row in rows):
+        if fresh and set(map(_pools, rows)) == {models}:
             return rows
         return rows + self.tree.path_rows(cursor, first, models)
 
