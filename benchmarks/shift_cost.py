@@ -103,7 +103,7 @@ class Case:
 
     def analyse(self) -> None:
         """The whole analysis, from an empty cache."""
-        self.decoder.engine.tree.clear()
+        self.decoder.engine.forget()
         shift = self.decoder.token_shift(None, 1.0, self.prompts, answers=self.answers, progress=False)
         self.summary = shift.summary
 

@@ -32,6 +32,7 @@ def all_slots_are_free_again() -> Iterator[None]:
     yield
     for engine in list(LIVE_ENGINES):
         tree = engine.tree
+        engine.pins.clear()
         assert tree.num_cursors == 0, f"{tree.num_cursors} cursors were not released"
         tree.clear()
         assert tree.num_free == tree.num_slots, f"{tree.num_slots - tree.num_free} slots are lost"

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
         FitError,
         ModelError,
         NumericError,
+        PrefixFileError,
         PromptError,
+        PromptFileError,
         RainDecodeError,
         RequestCancelled,
         UnsupportedModelError,
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
     from raindecode.policy.alignez.positions import Positions
     from raindecode.policy.dera import DeRa
     from raindecode.policy.policy import Policy
-    from raindecode.policy.prompt import ChatFormat
+    from raindecode.policy.prompt import ChatFormat, Conversation
+    from raindecode.policy.urial import URIAL
     from raindecode.search.embedder import HiddenStates, TextEmbedder
     from raindecode.search.evaluator import CallableEvaluator, ClassifierEvaluator, JudgeTemplate, SelfEvaluation
     from raindecode.search.rain import RAIN
@@ -44,7 +47,7 @@ __version__ = "0.1.0"
 
 _ERRORS = (
     "AdapterError", "CapacityError", "ConfigError", "EditFileError", "EvaluatorError", "FitError", "ModelError", "NumericError",
-    "PromptError", "RainDecodeError", "RequestCancelled", "UnsupportedModelError", "VocabularyError",
+    "PrefixFileError", "PromptError", "PromptFileError", "RainDecodeError", "RequestCancelled", "UnsupportedModelError", "VocabularyError",
 )  # fmt: skip
 # Loaded when first asked for: importing torch and transformers takes seconds, `raindecode --help` should not.
 _HOME = {
@@ -57,6 +60,8 @@ _HOME = {
     "DeRa": "policy.dera",
     "Policy": "policy.policy",
     "ChatFormat": "policy.prompt",
+    "Conversation": "policy.prompt",
+    "URIAL": "policy.urial",
     "HiddenStates": "search.embedder",
     "TextEmbedder": "search.embedder",
     "CallableEvaluator": "search.evaluator",
@@ -74,6 +79,7 @@ _HOME = {
 
 __all__ = [
     "RAIN",
+    "URIAL",
     "AdapterError",
     "AlignEZ",
     "CallableEvaluator",
@@ -82,6 +88,7 @@ __all__ = [
     "ClassifierEvaluator",
     "Completion",
     "ConfigError",
+    "Conversation",
     "DeRa",
     "Decoder",
     "EditFileError",
@@ -95,7 +102,9 @@ __all__ = [
     "Pair",
     "Policy",
     "Positions",
+    "PrefixFileError",
     "PromptError",
+    "PromptFileError",
     "RainDecodeError",
     "RequestCancelled",
     "Sampling",

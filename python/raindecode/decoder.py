@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,9 @@ from raindecode.errors import ConfigError, ModelError, PromptError
 from raindecode.hidden_edits import ModelIdentity, Tap
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
+from raindecode.prefix_store import Constant, PrefixStore
 from raindecode.progress import ProgressDisplay
+from raindecode.prompt_ids import PromptIds
 from raindecode.requests import Prompt, RequestMaker
 from raindecode.search.context import SearchContext
 from raindecode.search.edited import search_edited
@@ -135,6 +138,7 @@ class Decoder:
         ends = frozenset(eos_ids_of(model, tokenizer))
         self._ends = [ends] * (1 + len(adapters)) + [frozenset(eos_ids_of(*one)) for one in aligned]
         self.codec = Codec(tokenizer, ends)
+        self._prompt_ids = PromptIds(self.codec, name)
 
     @classmethod
     def from_pretrained(
@@ -220,7 +224,8 @@ class Decoder:
         """Answer prompts together. The answers come in the order of the prompts.
 
         Args:
-            prompts: one prompt or many; text, or token ids fed as they are.
+            prompts: one prompt or many; text, token ids fed as they are, or a conversation: chat messages, {"role": "system" | "user" |
+                "assistant", "content": ...}, ending with the user's. A search judges answers by the user's last words.
             search: Sampling() by default, or RAIN.
             policy: of every prompt, or one each: the prompt's format, and how the decoder's models are mixed.
             max_new_tokens: limit of each answer.
@@ -271,14 +276,17 @@ class Decoder:
         stop_token_ids: Sequence[int] = (),
     ) -> list[Request]:
         """Check prompts and settings and make requests of them. Raises as `generate`."""
-        contexts = [context_length_of(runner.model) for runner, _ in self.engine.models]
-        maker = RequestMaker(
-            self.codec, self.name, self.format, contexts, self._ends, self._vocabulary, lambda: self.identities
-        )
-        return maker.make(
+        return self._maker.make(
             prompts, search=search, policy=policy, max_new_tokens=max_new_tokens, seed=seed, stop=stop,
             stop_token_ids=stop_token_ids,
         )  # fmt: skip
+
+    @property
+    def _maker(self) -> RequestMaker:
+        contexts = [context_length_of(runner.model) for runner, _ in self.engine.models]
+        return RequestMaker(
+            self._prompt_ids, self.name, self.format, contexts, self._ends, self._vocabulary, lambda: self.identities
+        )
 
     def sweep(
         self,
@@ -461,6 +469,47 @@ class Decoder:
         made = PassageMaker(self.codec, format, context_length_of(runner.model)).make(passages, pool)
         sites = sites_of(tap, layers, self.identities[model].num_layers)
         return collect(self.engine, made, sites, model, progress)
+
+    def save_prefix(
+        self, path: str | Path, *, policy: Policy | None = None, search: Sampling | RAIN | None = None, system: str = ""
+    ) -> int:
+        """Write the K/V of what every prompt of a policy begins with to a file, computed now where they are not there yet.
+
+        That is the prompt format's constant part (a URIAL prompt, a few-shot prefix) with the system text behind it, as the models of
+        the policy run it under its edits; and of RAIN the constant part of its judge's prompts.
+
+        Args:
+            path: a safetensors file.
+            policy, search: as in `generate`.
+            system: instructions that every conversation begins with.
+        Returns:
+            How many tokens it holds.
+
+        Raises:
+            ConfigError: nothing is constant, or edits are decided prompt by prompt.
+            PrefixFileError: the file cannot be written.
+            PromptError, CapacityError: it does not fit the context or the KV pool.
+        """
+        return self._prefixes.save(path, self._constants(policy, search, system))
+
+    def load_prefix(
+        self, path: str | Path, *, policy: Policy | None = None, search: Sampling | RAIN | None = None, system: str = ""
+    ) -> int:
+        """Read what `save_prefix` wrote, so that no request has to compute it; arguments and result as there.
+
+        Raises:
+            PrefixFileError: the file is missing or damaged, or belongs to another model, adapter, number type, prompt or edit.
+            ConfigError, PromptError, CapacityError: as save_prefix.
+        """
+        return self._prefixes.load(path, self._constants(policy, search, system))
+
+    @cached_property
+    def _prefixes(self) -> PrefixStore:
+        return PrefixStore(self.engine, lambda: self.identities)
+
+    def _constants(self, policy: Policy | None, search: Sampling | RAIN | None, system: str) -> list[Constant]:
+        """What every request of a policy and search begins with."""
+        return self._maker.constants(Policy() if policy is None else policy, search, system)
 
     def stream(
         self,

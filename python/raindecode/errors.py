@@ -11,7 +11,9 @@ __all__ = [
     "FitError",
     "ModelError",
     "NumericError",
+    "PrefixFileError",
     "PromptError",
+    "PromptFileError",
     "RainDecodeError",
     "RequestCancelled",
     "UnsupportedModelError",
@@ -29,6 +31,14 @@ class ConfigError(RainDecodeError, ValueError):
 
 class PromptError(RainDecodeError, ValueError):
     """A prompt is empty, too long for the context, or not text."""
+
+
+class PromptFileError(PromptError):
+    """A file of a constant prompt cannot be read, or is not of the form it should be."""
+
+
+class PrefixFileError(RainDecodeError, ValueError):
+    """A file of a prompt's K/V cannot be read or written, is damaged, or was made by another model or policy."""
 
 
 class ModelError(RainDecodeError, ValueError):

@@ -239,7 +239,7 @@ def evaluate_town(
     if search not in SEARCHES:
         raise ConfigError(f"there is no search {search!r} to evaluate; allowed: {', '.join(SEARCHES)}")
     requests = [*harmful, *benign]
-    decoder.engine.tree.clear()  # a search evaluated before this one must not make it cheaper
+    decoder.engine.forget()  # a search evaluated before this one must not make it cheaper
     steps, started = decoder.engine.model_steps, time.perf_counter()
     answers = dict(known or {})
     left = [i for i in range(len(requests)) if i not in answers]

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from raindecode.errors import ConfigError, PromptError
 from raindecode.hidden_edits import EditPlan, ModelIdentity
 from raindecode.mixture import Mix
-from raindecode.policy.alignez.schedule import Edits, check_fits
+from raindecode.policy.alignez.schedule import Edits, check_fits, constant_schedules
 from raindecode.policy.policy import Policy
-from raindecode.policy.prompt import ChatFormat
+from raindecode.policy.prompt import ChatFormat, Conversation
+from raindecode.prefix_store import Constant
+from raindecode.prompt_ids import PromptIds
+from raindecode.search.evaluator import SelfEvaluation, judge_prefix
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 from raindecode.settings import as_strings, as_token_ids, is_whole, require_whole
-from raindecode.text import Codec
 from raindecode.types import Request
 
-Prompt: TypeAlias = "str | Sequence[int]"
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, Any]]"
+"""Text, token ids that are fed as they are, or a conversation as chat messages."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class RequestMaker:
         identities: of every model, asked for where hidden states are edited only.
     """
 
-    codec: Codec
+    ids: PromptIds
     name: str
     format: ChatFormat | None
     contexts: Sequence[int]
@@ -54,7 +57,7 @@ class RequestMaker:
         """
         if not isinstance(prompts, (str, Sequence)):
             raise PromptError(
-                f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, or a list of these"
+                f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, a list of chat messages, or a list of these"
             )
         if search is not None and not isinstance(search, (Sampling, RAIN)):
             raise ConfigError(f"search is a {type(search).__name__}; give Sampling() or RAIN")
@@ -62,7 +65,9 @@ class RequestMaker:
         stop_ids = self._known_ids("stop_token_ids", as_token_ids("stop_token_ids", stop_token_ids))
         if isinstance(search, Sampling):
             self._known_ids("stop_token_ids", search.stop_token_ids)
-        single = isinstance(prompts, str) or (len(prompts) > 0 and is_whole(prompts[0]))
+        single = isinstance(prompts, str) or (
+            len(prompts) > 0 and (is_whole(prompts[0]) or isinstance(prompts[0], Mapping))
+        )
         every = cast("Sequence[Prompt]", [prompts] if single else prompts)
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(every)
         if len(seeds) != len(every):
@@ -84,6 +89,24 @@ class RequestMaker:
             )
             for i, prompt in enumerate(every)
         ]  # fmt: skip
+
+    def constants(self, policy: Policy, search: Sampling | RAIN | None, system: str) -> list[Constant]:
+        """What every request of a policy begins with: its prompt, and where a template judges, that one's prompt.
+
+        Raises:
+            ConfigError: as `make`, or edits are decided prompt by prompt.
+        """
+        format, mix = self._format(search, policy), self._mix(search, policy)
+        self._edits(policy)
+        assert isinstance(policy.edits, tuple)
+        rows, judge = constant_schedules(policy.edits, len(self.contexts))
+        found = []
+        if format is not None or system:
+            found.append(Constant("the prompt", self.ids.beginning(format, system), mix, rows))
+        if isinstance(search, RAIN) and isinstance(search.evaluator, SelfEvaluation):
+            ids = judge_prefix(self.ids.codec, search.evaluator.template)
+            found.append(Constant("the judge's prompt", ids, mix.only_first, judge))
+        return [constant for constant in found if constant.ids]
 
     def _known_ids(self, name: str, ids: tuple[int, ...]) -> tuple[int, ...]:
         if any(t >= self.vocabulary for t in ids):
@@ -124,37 +147,42 @@ class RequestMaker:
         stops: tuple[str, ...], stop_ids: frozenset[int], mix: Mix, edits: EditPlan | None,
     ) -> Request:  # fmt: skip
         where = f"prompt {index}"
+        constant = 0
+        said: str | Conversation | None = None
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise PromptError(f"{where} is empty; give at least one character that is not white space")
-            try:
-                prompt.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise PromptError(
-                    f"{where} is not text: it holds a lone surrogate at character {error.start}"
-                ) from error
-            text = prompt if format is None else format.render(prompt)
-            ids = self.codec.encode(text)
+            said = prompt
+        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            said = Conversation.of(cast("Sequence[Mapping[str, Any]]", prompt), where)
+            prompt = said.prompt
+        if said is not None:
+            text, ids, constant = self.ids.write(said, format, where)
         else:
             ids = _token_ids(prompt, where)
             if not ids or any(not 0 <= t < self.vocabulary for t in ids):
                 raise PromptError(
                     f"{where} has {len(ids)} token ids; allowed: at least one, each from 0 to {self.vocabulary - 1}"
                 )
-            prompt = text = self.codec.decode(ids)
+            prompt = text = self.ids.codec.decode(ids)
         longest = min(context for model, context in enumerate(self.contexts) if mix.models >> model & 1)
         room = longest - len(ids)
         if room < 1:
             owner = self.name if len(self.contexts) == 1 else "the models that answer it"
+            advice = f"shorten it to at most {longest - 1} tokens"
+            if constant >= longest:
+                advice = f"{constant} of them are of the constant prompt alone: use a shorter one (policy.prompt, --prompt-file)"
             raise PromptError(
-                f"{where} has {len(ids)} tokens with its format, the context of {owner} {longest}: "
-                f"shorten it to at most {longest - 1} tokens"
+                f"{where} has {len(ids)} tokens with its format, the context of {owner} {longest}: {advice}"
             )
         if not is_whole(seed) or not 0 <= seed < 2**64:
             raise ConfigError(f"seed is {seed!r}; allowed: a whole number from 0 to 2**64 - 1")
-        stops += () if format is None else format.stop
+        form = ChatFormat() if format is None else format
         ends = None if len(set(self.ends)) == 1 else frozenset().union(*(self.ends[model] for model in mix.speakers))
-        return Request(str(prompt), text, ids, min(max_new_tokens, room), seed, stops, stop_ids, mix, ends, edits)
+        return Request(
+            str(prompt), text, ids, min(max_new_tokens, room), seed, stops + form.stop, stop_ids, mix, ends, edits, form.removed,
+            constant,
+        )  # fmt: skip
 
 
 def _token_ids(prompt: object, where: str) -> list[int]:
@@ -166,4 +194,6 @@ def _token_ids(prompt: object, where: str) -> list[int]:
     try:
         return [operator.index(t) for t in prompt]  # type: ignore[attr-defined]
     except TypeError as error:
-        raise PromptError(f"{where} is {prompt!r:.80}; give a text or a list of token ids") from error
+        raise PromptError(
+            f"{where} is {prompt!r:.80}; give a text, a list of token ids, or a list of chat messages"
+        ) from error

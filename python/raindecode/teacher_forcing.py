@@ -126,8 +126,7 @@ def _forced(
 ) -> Generator[Any, Any, ShiftedAnswer]:
     """A request of the engine: both sides' rows behind the same tokens, in the same forwards."""
     engine = sides[0].engine
-    edited = any(side.request.edits is not None for side in sides)
-    ready = (yield from together(*(with_edits(side) for side in sides))) if edited else sides
+    ready = yield from together(*(with_edits(side) for side in sides))
     branches = _open(ready)
     starts = [branch.length - 1 for branch in branches]  # the row behind the prompt speaks of the first token
     tokens = torch.tensor(one.token_ids, dtype=torch.int32)

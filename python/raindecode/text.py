@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +16,8 @@ from raindecode.errors import ModelError
 _PLAIN_MODULES = {
     "transformers.tokenization_utils_base", "transformers.tokenization_utils_fast", "transformers.tokenization_utils_tokenizers",
 }  # fmt: skip
+# Beginnings that merge with what stands before them in different ways.
+_PROBES = ("Hello.", "a", "7 + 1", "(no)", "\n\nWell", " - ", "\u4f60", "\u00e9t\u00e9", "`")
 _REPLACEMENT = "\ufffd"  # what decoders emit for an unfinished UTF-8 sequence
 
 
@@ -29,8 +34,14 @@ class Codec:
         self.eos_token_ids = frozenset(eos_token_ids)
         self._backend = _plain_backend(tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a whole prompt, with the tokenizer's beginning-of-text token where it has one."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a whole prompt, with the tokenizer's beginning-of-text token where it has one.
+
+        Args:
+            special: False for a text that spells this token itself, as chat templates do.
+        """
+        if not special:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if self._backend is not None and _is_unset(self._backend) and not self.tokenizer.split_special_tokens:
             ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
         else:
@@ -53,6 +64,13 @@ class Codec:
         head = self.decode(anchor)
         whole = self.decode(anchor + list(ids))
         return whole[len(head) :] if whole.startswith(head) else self.decode(ids)
+
+    def common_prefix(
+        self, write: Callable[[str], str], encode: Callable[[str], list[int]] | None = None
+    ) -> tuple[int, ...]:
+        """Token ids that `write` of any text begins with, as far as a few texts of different kinds tell."""
+        first, *others = ((encode or self.encode)(write(said)) for said in _PROBES)
+        return tuple(first[: min(common_length(first, ids) for ids in others)])
 
     def options(self, context: str, letters: Sequence[str]) -> tuple[int, list[int]]:
         """The tokens that answer a multiple-choice prompt, read in context and never assumed.
@@ -136,7 +154,45 @@ class TextStream:
         return piece
 
 
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two sequences begin with alike."""
+    length = min(len(first), len(second))
+    return next((i for i in range(length) if first[i] != second[i]), length)
+
+
 def find_stop(text: str, stops: Sequence[str], start: int = 0) -> int:
     """Index of the earliest stop string at or after `start`, -1 when there is none."""
     found = [at for at in (text.find(stop, start) for stop in stops) if at >= 0]
     return min(found, default=-1)
+
+
+@dataclass(frozen=True)
+class TextFilter:
+    """Takes strings out of an answer, then white space off its ends; with no strings to take out, it leaves the answer as it is.
+
+    Attributes:
+        removed: non-empty strings, looked for from left to right, those that come first here first.
+    """
+
+    removed: tuple[str, ...] = ()
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self.removed)))
+
+    def clean(self, text: str) -> str:
+        """A whole answer."""
+        return self._pattern.sub("", text).strip() if self.removed else text
+
+    def settled(self, text: str) -> str:
+        """Of an answer that goes on, the part of its cleaned text that no further character can change."""
+        if not self.removed:
+            return text
+        *pieces, tail = self._pattern.split(text)
+        begun = max(_overlap(tail, one) for one in self.removed)
+        return ("".join(pieces) + tail[: len(tail) - begun]).strip()
+
+
+def _overlap(text: str, string: str) -> int:
+    """The longest end of `text` that `string` begins with, without being all of it."""
+    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)

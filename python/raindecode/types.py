@@ -88,6 +88,8 @@ class Request:
         seed: names the random numbers; same request and seed, same answer (exact mode).
         stop: strings that end the answer, besides those of the search.
         edits: of hidden states; None for none.
+        removed: strings that are taken out of the answer's text.
+        constant: leading tokens of the prompt that every request of its format begins with.
     """
 
     prompt: str
@@ -100,3 +102,5 @@ class Request:
     mix: Mix = SINGLE
     eos_token_ids: frozenset[int] | None = None
     edits: EditPlan | None = None
+    removed: tuple[str, ...] = ()
+    constant: int = 0

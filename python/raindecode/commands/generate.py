@@ -27,6 +27,7 @@ from raindecode.commands.edited import (
     chosen_edits,
 )
 from raindecode.commands.output import Output, counters
+from raindecode.commands.prompted import PromptFileOption, UrialOption, chosen_prompt
 from raindecode.commands.prompts import collect_prompts
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
@@ -130,6 +131,8 @@ def generate(
     edit_on: EditOnOption = None,
     force_edit: ForceEditOption = False,
     edit_judge: EditJudgeOption = False,
+    prompt_file: PromptFileOption = None,
+    urial: UrialOption = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU when there is one.", rich_help_panel=_RUN)
     ] = None,
@@ -209,6 +212,7 @@ def generate(
         edit, on=edit_on, judge=edit_judge, force=force_edit, judges=isinstance(chosen, RAIN),
         num_aligned=len(adapter or ()) + len(aligned or ()),
     )  # fmt: skip
+    written = chosen_prompt(prompt_file, urial, model, others=_written_by(raw, preset, chosen))
     _check_shape(len(prompts), num_samples, seed, stream, as_json)
     if stop and "" in stop:
         raise ConfigError("--stop is an empty text, which would end every answer at once; give at least one character")
@@ -229,13 +233,14 @@ def generate(
             trust_remote_code=trust_remote_code, cuda_graphs=cuda_graphs, **others.loading,
         )  # fmt: skip
         requests = decoder.requests(
-            prompts, search=chosen, policy=policy_of(raw, preset, chosen, others.dera, edits.edits),
+            prompts, search=chosen, policy=policy_of(raw, preset, chosen, others.dera, edits.edits, written.format),
             max_new_tokens=max_new_tokens, seed=seed,
             stop=stop or (), stop_token_ids=stop_token_id or (),
         )  # fmt: skip
         settings = {
             "model": model, "dtype": decoder.dtype, "device": decoder.engine.runner.device.type, "exact": decoder.exact,
-            **_search_settings(chosen, preset, raw, model), **others.settings, **edits.settings,
+            **_search_settings(chosen, preset, raw, model, written.format), **others.settings, **edits.settings,
+            **written.settings,
             "max_new_tokens": max_new_tokens, **({"stop": stop} if stop else {}),
             **({"stop_token_ids": stop_token_id} if stop_token_id else {}),
         }  # fmt: skip
@@ -275,10 +280,10 @@ def preset_of(preset: str | None, model: str) -> str | None:
 
 
 def policy_of(
-    raw: bool, preset: str | None, search: Sampling | RAIN, dera: DeRa | None, edits: Sequence[AlignEZ] = ()
-) -> Policy:
+    raw: bool, preset: str | None, search: Sampling | RAIN, dera: DeRa | None, edits: Sequence[AlignEZ] = (),
+    format: ChatFormat | None = None,
+) -> Policy:  # fmt: skip
     """The mixture, the edits, and the prompt format when an option names one; else that is left to the search and the decoder."""
-    format = None
     if raw:
         format = ChatFormat()
     elif preset is not None and isinstance(search, Sampling):
@@ -286,13 +291,20 @@ def policy_of(
     return Policy(prompt=format, dera=dera, edits=edits)
 
 
-def _search_settings(search: Sampling | RAIN, preset: str | None, raw: bool, model: str) -> dict[str, Any]:
+def _written_by(raw: bool, preset: str | None, search: Sampling | RAIN) -> tuple[str, ...]:
+    """Options that were given and say how prompts are written."""
+    return (*(["--raw"] if raw else []), *(["--preset"] if preset is not None and isinstance(search, Sampling) else []))
+
+
+def _search_settings(
+    search: Sampling | RAIN, preset: str | None, raw: bool, model: str, format: ChatFormat | None
+) -> dict[str, Any]:
     """What decides how tokens are chosen and the prompt is written, as plain data; defaults are left out."""
     shape: dict[str, Any] = {"search": "rain" if isinstance(search, RAIN) else "sampling"}
     chosen = preset_of(preset, model)
     if isinstance(search, RAIN):
         shape["preset"] = chosen or "hh"
-    elif chosen is not None and not raw:
+    elif chosen is not None and not raw and format is None:
         shape["preset"] = chosen
     if raw:
         shape["raw"] = True

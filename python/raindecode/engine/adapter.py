@@ -6,11 +6,13 @@ that was read as plain LoRA would answer, and answer wrongly.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -74,6 +76,17 @@ class Adapter:
 
     name: str
     updates: dict[str, LowRankUpdate]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all it adds."""
+        digest = hashlib.sha256()
+        for name, update in sorted(self.updates.items()):
+            digest.update(repr((name, update.scale)).encode())
+            for factor in (update.down, update.up):
+                digest.update(repr((tuple(factor.shape), factor.dtype)).encode())
+                digest.update(factor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:32]
 
 
 def load_adapter(path: str, model: PreTrainedModel) -> Adapter:

@@ -43,6 +43,7 @@ class Ledger:
         self.branches: set[Branch] = set()
         self.at_end: list[Callable[[], None]] = []  # called when the request ends
         self._seen: set[int] = set()
+        self._kept: set[Hashable] = set()
 
     @property
     def origin(self) -> Ledger:
@@ -60,6 +61,12 @@ class Ledger:
         before = len(self._seen)
         self._seen.update(path_hashes)
         self.tokens_processed += len(self._seen) - before
+
+    def keep(self, what: Hashable) -> bool:
+        """Whether this is asked for the first time."""
+        known = what in self._kept
+        self._kept.add(what)
+        return not known
 
     def measure(self) -> None:
         """Note how many KV tokens the open branches hold together; searches call it where they hold most."""

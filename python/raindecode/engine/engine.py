@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from raindecode.engine.answers import Answers
-from raindecode.engine.branch import Branch, Ledger
+from raindecode.engine.branch import EDIT_SHIFT, Branch, Ledger
 from raindecode.engine.edit_path import EditPath
 from raindecode.engine.edits import EditNumbers
 from raindecode.engine.forward import plan_forwards
 from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
 from raindecode.engine.logit_rows import KeptRows, LogitRow, Logits
 from raindecode.engine.model_runner import ModelRunner
+from raindecode.engine.pins import Pins
 from raindecode.engine.row_blocks import RowBlocks
 from raindecode.engine.tap_rows import TapRows
 from raindecode.engine.types import Got, HostCall, Search, Want, Yielded
@@ -149,6 +150,7 @@ class Engine:
         smallest = min(one.model.config.get_text_config().vocab_size for one in self.runners)
         self._answers = Answers(vocab_size or smallest, tree.num_slots)
         self._numbers = EditNumbers()
+        self.pins = Pins(tree)
         self._stepping = False
         LIVE_ENGINES.add(self)
 
@@ -184,9 +186,7 @@ class Engine:
             UnsupportedModelError: its model has no such place.
         """
         edits = list(dict.fromkeys(edit for _, edit in schedule if edit is not None))
-        if not edits:
-            return None
-        path = self._numbers.path(schedule)
+        path = self.edit_path(schedule)
         for edit in edits:
             number = self._numbers.of(edit)
             for runner in self.runners:
@@ -199,6 +199,63 @@ class Engine:
                 runner.edits.hold(number, mine)
                 ledger.origin.at_end.append(partial(runner.edits.drop, number, tuple(mine)))
         return path
+
+    def pin_at_end(self, ledger: Ledger, tokens: Sequence[int], mixed: Mix, edits: EditPath | None = None) -> None:
+        """When the request ends, keep what it ran of these tokens for the next one: a branch of them need not be computed again."""
+        ledger = ledger.origin
+        if self.pins.takes(len(tokens)) and ledger.keep((tuple(tokens), mixed.models, edits)):
+            ledger.at_end.append(partial(self._pin, self.keys(tokens, edits), mixed.models))
+
+    def _pin(self, keys: Sequence[int], pools: int) -> None:
+        self.pins.pin(keys, pools)
+
+    @staticmethod
+    def keys(tokens: Sequence[int], edits: EditPath | None = None) -> tuple[int, ...]:
+        """What the rows of a branch of these tokens are found by in the KV tree."""
+        if edits is None:
+            return tuple(tokens)
+        return tuple(token | edits.at(i) << EDIT_SHIFT for i, token in enumerate(tokens))
+
+    def edit_path(self, schedule: Schedule) -> EditPath | None:
+        """A schedule as branches carry it; None where nothing is edited. Nothing is made ready: see `hold`."""
+        return self._numbers.path(schedule) if any(edit is not None for _, edit in schedule) else None
+
+    def insert(
+        self, keys: Sequence[int], pools: int, fill: Callable[[int, Sequence[int], Sequence[int]], None]
+    ) -> None:
+        """Put K/V into the tree that were computed elsewhere, where it lacks them.
+
+        Args:
+            keys: the path, see `keys`.
+            pools: mask of the models whose K/V these are.
+            fill: called for each of these models that lacks rows with its number, their positions and slots; it writes them.
+
+        Raises:
+            CapacityError: they do not fit.
+        """
+        with self._alone():
+            cursor = self.tree.root()
+            try:
+                rows = self.tree.extend(cursor, keys, pools=pools)
+                for model in range(pools.bit_length()):
+                    mine = [row for row in rows if row.pools >> model & 1]
+                    if mine:
+                        fill(model, [row.position for row in mine], [row.slot for row in mine])
+                self.tree.commit()
+            except OutOfSlots as error:
+                raise CapacityError(
+                    f"the KV pool has no room for {len(keys)} more tokens ({error}): raise kv_tokens"
+                ) from error
+            except BaseException:
+                self.tree.rollback()
+                raise
+            finally:
+                self.tree.release(cursor)
+
+    def forget(self) -> None:
+        """Drop everything cached that no request under way uses, what is pinned included."""
+        self.pins.clear()
+        self.tree.clear()
 
     def run(self, tasks: Iterable[Task]) -> Generator[Task, None, None]:
         """Run tasks to the end, yielding each as it finishes. Closing the iterator cancels what is left."""
@@ -294,6 +351,8 @@ class Engine:
                     break  # younger requests must not take the slots this one waits for
             if plan.served or not active:
                 return
+            if self.pins.clear():
+                continue
             if len(active) > 1:
                 self._pause(active[-1])
                 continue

@@ -149,6 +149,11 @@ class KVTree:
         self._detach(cursor)
         self.num_cursors -= 1
 
+    def part(self, cursor: Cursor) -> None:
+        """Make the cursor stand at the end of a node, so that it holds nothing behind it."""
+        if cursor.offset < len(cursor.node.tokens):
+            self._split(cursor.node, cursor.offset)
+
     def tokens(self, cursor: Cursor) -> list[int]:
         """The token path from the root to the cursor."""
         parts: list[list[int]] = [cursor.node.tokens[: cursor.offset]]

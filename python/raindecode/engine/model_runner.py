@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,6 +22,7 @@ from raindecode.engine.cuda_graph import CudaCapture, StepGraphs
 from raindecode.engine.edit_hooks import EditHooks
 from raindecode.engine.edits import EditBank, RowEdits, Tapped
 from raindecode.engine.fused_model import FusedModel
+from raindecode.engine.model_facts import context_length_of
 from raindecode.errors import UnsupportedModelError
 from raindecode.hidden_edits import Site
 from rainkernels.ops.attention import AttentionBuffers
@@ -244,6 +245,11 @@ class ModelRunner:
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
+    def context_length(self) -> int:
+        """Positions the model was made for."""
+        return context_length_of(self.model)
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes one slot takes in the pools of all members; 0 before the first forward of the model as it is."""
         hidden = 0 if self.hidden is None else self.hidden.shape[1] * self.hidden.element_size()
@@ -272,6 +278,42 @@ class ModelRunner:
         sums = torch.flip(torch.cumsum(torch.flip(states, (0,)), 0), (0,))
         lengths = torch.tensor([len(slots) - s for s in starts], dtype=torch.float32, device=self.device)
         return sums[list(starts)] / lengths[:, None]
+
+    def has_pools(self, member: int = 0) -> bool:
+        """Whether a forward has made the pools of a member."""
+        return bool(self._members[member].pool.layers)
+
+    @torch.inference_mode()
+    def rows(self, slots: Tensor, member: int = 0) -> dict[str, Tensor]:
+        """Copies of everything remembered of the tokens in `slots` [n] int64: [n, ...] each, by a name for `put_rows`."""
+        mine, slots = self._members[member], slots.to(self.device)
+        found = {} if mine.hidden is None else {"hidden": mine.hidden[slots]}
+        for index, (k, v) in mine.pool.layers.items():
+            found |= {f"{index}.k": k[slots], f"{index}.v": v[slots]}
+        return found
+
+    @torch.inference_mode()
+    def put_rows(self, slots: Tensor, rows: Mapping[str, Tensor], member: int = 0) -> None:
+        """Remember what `rows` gave of other slots as that of `slots` [n] int64.
+
+        Raises:
+            ValueError: the rows are of another form than this model's.
+        """
+        mine, slots = self._members[member], slots.to(self.device)
+        pools = {} if mine.hidden is None else {"hidden": mine.hidden}
+        for index, (k, v) in mine.pool.layers.items():
+            pools |= {f"{index}.k": k, f"{index}.v": v}
+        theirs = {name: (t.shape[1:], t.dtype) for name, t in rows.items()}
+        ours = {name: (pool.shape[1:], pool.dtype) for name, pool in pools.items()}
+        if theirs != ours:
+            raise ValueError(f"rows of {len(theirs)} tensors do not have the form of this model's {len(ours)}")
+        first = int(slots[0])
+        together = torch.equal(slots, torch.arange(first, first + len(slots), device=self.device))
+        for name, pool in pools.items():
+            if together:
+                pool[first : first + len(slots)].copy_(rows[name])
+            else:
+                pool.index_copy_(0, slots, rows[name].to(self.device))
 
     def _catch_hidden(self, _module: object, _args: object, output: Any) -> None:
         self._last_hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]

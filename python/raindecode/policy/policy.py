@@ -27,7 +27,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.prompt is not None and not isinstance(self.prompt, ChatFormat):
-            raise ConfigError(f"the policy's prompt is a {type(self.prompt).__name__}; give a ChatFormat or None")
+            raise ConfigError(
+                f"the policy's prompt is a {type(self.prompt).__name__}; give a ChatFormat, such as URIAL.default(), or None"
+            )
         if self.dera is not None and not isinstance(self.dera, DeRa):
             raise ConfigError(f"the policy's dera is a {type(self.dera).__name__}; give DeRa(weight) or None")
         given = (self.edits,) if isinstance(self.edits, AlignEZ) else self.edits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from raindecode.search.context import SearchContext
-from raindecode.text import find_stop
+from raindecode.text import TextFilter, find_stop
 from raindecode.types import FinishReason
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class Answer:
         self._rain = rain
         self._codec = context.codec
         self._request = context.request
+        self._filter = TextFilter(context.request.removed)
         self._eos = context.eos_token_ids
         self.stops = tuple(dict.fromkeys(rain.stop + context.request.stop))
         self._last_characters = frozenset(stop[-1] for stop in self.stops)
@@ -35,7 +36,8 @@ class Answer:
         return text if at < 0 else text[:at]
 
     def kept(self, text: str) -> str:
-        """What `keep_after_last` leaves of an answer."""
+        """What the prompt's format and `keep_after_last` leave of an answer."""
+        text = self._filter.clean(text)
         last = max((text.rfind(c) for c in self._rain.keep_after_last), default=-1)
         return text[: last + 1] if last >= 0 else text
 
@@ -91,4 +93,4 @@ class Answer:
         text = self.text(tokens)
         hold = max((len(s) for s in self.stops), default=1) - 1
         # A character whose bytes are not all there yet reads U+FFFD and may still change.
-        return text[: max(0, min(len(text) - hold, len(text.rstrip("\ufffd"))))]
+        return self._filter.settled(text[: max(0, min(len(text) - hold, len(text.rstrip("\ufffd"))))])

@@ -47,6 +47,15 @@ class SearchContext:
         """A branch of `tokens` of the model of `open_first`, its rows edited only where an edit asks to be judged by."""
         return self.engine.open(self.ledger, tokens, self.request.mix.only_first, self.judge_edits)
 
+    def keep_for_judge(self, tokens: Sequence[int]) -> None:
+        """Have the K/V of these tokens, as `open_judge` makes them, outlast the request."""
+        self.engine.pin_at_end(self.ledger, tokens, self.request.mix.only_first, self.judge_edits)
+
+    def keep_prompt(self) -> None:
+        """Have the K/V of the constant part of the prompt outlast the request."""
+        request = self.request
+        self.engine.pin_at_end(self.ledger, request.prompt_ids[: request.constant], request.mix, self.edits)
+
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Ids that end the request's answer."""

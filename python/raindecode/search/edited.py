@@ -22,8 +22,8 @@ class Searches(Protocol):
 
 def search_edited(context: SearchContext, search: Searches) -> Search:
     """Run a search under its request's edits; its result."""
-    plan = context.request.edits
-    if plan is None:
+    if context.request.edits is None:
+        context.keep_prompt()
         return search.search(context)
     return _edited(context, search)
 
@@ -37,6 +37,7 @@ def with_edits(context: SearchContext) -> Generator[Any, Any, SearchContext]:
     """The context of a request with its edits ready: what is edited is decided by the prompt where an edit asks for that."""
     plan, ids = context.request.edits, context.request.prompt_ids
     if plan is None:
+        context.keep_prompt()
         return context
     num_models = len(context.request.mix.weights)
     wants = []
@@ -52,4 +53,6 @@ def with_edits(context: SearchContext) -> Generator[Any, Any, SearchContext]:
         states[model] = dict(zip(want.taps, answer.tapped, strict=True))
     rows, judge = plan.schedule(len(ids), states)
     engine, ledger = context.engine, context.ledger
-    return replace(context, edits=engine.hold(ledger, rows), judge_edits=engine.hold(ledger, judge))
+    edited = replace(context, edits=engine.hold(ledger, rows), judge_edits=engine.hold(ledger, judge))
+    edited.keep_prompt()
+    return edited

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 from raindecode.engine.branch import Branch
@@ -65,12 +65,15 @@ class SelfEvaluation:
     template: JudgeTemplate
 
     def evaluate(self, context: SearchContext, prompt: str, response: str) -> Generator[Any, Any, float]:
-        cut, letters = _letters(context.codec, self.template)
+        cut, letters, constant = _read_in_context(context.codec, self.template)
+        if context.request.removed:
+            response = f" {response}"  # what stood before it in the prompt's own format was taken off
         branches: list[Branch] = []
         for text in self.template.prompts(prompt, response):
             ids = context.codec.encode(text)
             _check_room(context, len(ids))
             branches.append(context.open_judge(ids[: len(ids) - cut]))
+        context.keep_for_judge(constant)
         answers: list[Got] = yield [Want(branch, gather=letters) for branch in branches]
         context.ledger.measure()  # evaluation prompts are where a request holds most
         for branch in branches:
@@ -187,20 +190,38 @@ def checked_score(score: Any, name: str) -> float:
     return value
 
 
-_letter_cache: WeakKeyDictionary[Codec, dict[JudgeTemplate, tuple[int, list[int]]]] = WeakKeyDictionary()
+class _InContext(NamedTuple):
+    """What a template comes to with a tokenizer.
+
+    Attributes:
+        cut, letters: see Codec.options.
+        constant: ids that every prompt of it begins with.
+    """
+
+    cut: int
+    letters: list[int]
+    constant: tuple[int, ...]
 
 
-def _letters(codec: Codec, template: JudgeTemplate) -> tuple[int, list[int]]:
-    """Option tokens of a template with this tokenizer, read in context once."""
-    known = _letter_cache.setdefault(codec, {})
+_known: WeakKeyDictionary[Codec, dict[JudgeTemplate, _InContext]] = WeakKeyDictionary()
+
+
+def _read_in_context(codec: Codec, template: JudgeTemplate) -> _InContext:
+    """Option tokens and constant tokens of a template with this tokenizer, found once."""
+    known = _known.setdefault(codec, {})
     if template not in known:
         contexts = [codec.options(text, template.letters) for text in template.prompts("Hello.", " Hi.")]
         if any(found != contexts[0] for found in contexts):
             raise ModelError(
                 "the two questions of the evaluation template lead to different option tokens: end both the same way"
             )
-        known[template] = contexts[0]
+        known[template] = _InContext(*contexts[0], judge_prefix(codec, template))
     return known[template]
+
+
+def judge_prefix(codec: Codec, template: JudgeTemplate) -> tuple[int, ...]:
+    """Token ids that every evaluation prompt begins with: instruction and few-shot verdicts."""
+    return codec.common_prefix(lambda said: template.prompts(said, " Hi.")[0])
 
 
 def _check_room(context: SearchContext, length: int) -> None:

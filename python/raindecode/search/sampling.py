@@ -13,7 +13,7 @@ from raindecode.engine.types import Draw, Got, Want
 from raindecode.mixture import Measured, MeasuredAnswer
 from raindecode.search.context import SearchContext
 from raindecode.settings import as_strings, as_token_ids
-from raindecode.text import TextStream, find_stop
+from raindecode.text import TextFilter, TextStream, find_stop
 from raindecode.types import Completion, FinishReason, TokenLogprob
 
 _PURPOSE = 0
@@ -111,6 +111,7 @@ class _Answer:
         self._hold = (
             max((len(s) for s in self._stops), default=1) - 1
         )  # a stop string may have begun in these characters
+        self._filter = TextFilter(request.removed)
         self._shown = 0
         self._cut: int | None = None
         self.token_ids: list[int] = []
@@ -135,10 +136,11 @@ class _Answer:
         elif len(self.token_ids) >= self._context.request.max_new_tokens:
             self._end("length")
         else:
-            self._show(len(self._stream.text) - self._hold)
+            self._show(final=False)
 
     def text(self) -> str:
-        return self._stream.text if self._cut is None else self._stream.text[: self._cut]
+        """The answer as far as it goes."""
+        return self._filter.clean(self._stream.text if self._cut is None else self._stream.text[: self._cut])
 
     def _end(self, reason: FinishReason) -> None:
         self.finish_reason = reason
@@ -146,9 +148,14 @@ class _Answer:
             self._stream.finish()
             at = find_stop(self._stream.text, self._stops)
             self._cut = at if at >= 0 else None
-        self._show(len(self.text()))
+        self._show(final=True)
 
-    def _show(self, upto: int) -> None:
-        if self._context.on_text is not None and upto > self._shown:
-            self._context.on_text(self._stream.text[self._shown : upto])
-            self._shown = upto
+    def _show(self, *, final: bool) -> None:
+        if self._context.on_text is None:
+            return
+        text = self._stream.text
+        upto = max(0, len(text) - self._hold)
+        visible = self.text() if final else self._filter.settled(text[:upto])
+        if len(visible) > self._shown:
+            self._context.on_text(visible[self._shown :])
+            self._shown = len(visible)

@@ -78,6 +78,29 @@ class Edits:
         return schedule_of(resolved, prompt_length, self.num_models), judge
 
 
+def constant_schedules(edits: Sequence[AlignEZ], num_models: int) -> tuple[Schedule, Schedule]:
+    """What edits do to the rows that every prompt begins with, and to those of a model that judges.
+
+    Raises:
+        ConfigError: that is decided prompt by prompt.
+    """
+    active = [edit for edit in edits if edit.strength and (edit.positions.prompt == "all" or edit.judge)]
+    if any(edit.needs_query for edit in active):
+        raise ConfigError(
+            "an edit decides prompt by prompt what it does to every token (select 'cosine' or 'knn' with positions 'all'), so no K/V are "
+            "the same for all prompts: leave it out, or edit from the prompt's last token on (positions 'last')"
+        )
+    resolved = [(edit, edit.resolve(None)) for edit in active]
+
+    def of(some: Sequence[Resolved]) -> Schedule:
+        return ((0, row_edit(some, num_models)),) if some else ()
+
+    return (
+        of([one for one in resolved if one[1] and one[0].positions.prompt == "all"]),
+        of([one for one in resolved if one[1] and one[0].judge]),
+    )
+
+
 def schedule_of(edits: Sequence[Resolved], prompt_length: int, num_models: int) -> Schedule:
     """The edits of every row of a request; edits that do nothing leave no trace."""
     spans = [(start, end, edit) for edit in edits if edit[1] for start, end in edit[0].positions.spans(prompt_length)]
