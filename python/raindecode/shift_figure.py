@@ -30,12 +30,12 @@ def save_curve(path: str | Path, curve: Sequence[Mapping[str, Any]], classes: Se
     figure.suptitle(title, fontsize=10)
     at = [point["position"] for point in curve]
     # Edges of a step per position, so that one position alone has a width as well.
-    edges = [*(t - 0.5 for t in at), at[-1] + 0.5] if at else []
+    edges = [*(t - 0.5 for t in at), at[-1] + 0.5] if at else [0.0]
     shares, kl = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     below = np.zeros(len(at))
     for name, colour in zip(classes, _COLOURS, strict=True):
         above = below + [point[name] for point in curve]
-        shares.stairs(above, edges or [0.0], baseline=below, fill=True, color=colour, label=name)
+        shares.stairs(above, edges, baseline=below, fill=True, color=colour, label=name)
         below = above
     shares.set_ylabel("share of answers")
     shares.set_ylim(0, 1)
