@@ -30,16 +30,18 @@ def save_curve(path: str | Path, curve: Sequence[Mapping[str, Any]], classes: Se
     figure.suptitle(title, fontsize=10)
     at = [point["position"] for point in curve]
     # Edges of a step per position, so that one position alone has a width as well.
-    edges = [*(t - 0.5 for t in at), at[-1] + 0.5] if at else [0.0]
+    edges = [*(t - 0.5 for t in at), at[-1] + 0.5] if at else []
     shares, kl = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     below = np.zeros(len(at))
     for name, colour in zip(classes, _COLOURS, strict=True):
         above = below + [point[name] for point in curve]
-        shares.stairs(above, edges, baseline=below, fill=True, color=colour, label=name)
+        if at:
+            shares.stairs(above, edges, baseline=below, fill=True, color=colour, label=name)
         below = above
     shares.set_ylabel("share of answers")
     shares.set_ylim(0, 1)
-    shares.legend(loc="lower right", fontsize=8)
+    if at:
+        shares.legend(loc="lower right", fontsize=8)
     kl.plot(at, [np.nan if point["kl"] is None else point["kl"] for point in curve], linewidth=1.5, color=_BLUE)
     kl.set_ylabel("KL(aligned || base), nats per token")
     kl.set_ylim(bottom=0)

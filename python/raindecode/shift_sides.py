@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from numbers import Real
 from typing import TypeAlias
 
@@ -76,10 +75,11 @@ def check_difference(base: Sequence[Request], aligned: Sequence[Request]) -> Non
 
 def _distribution(request: Request) -> tuple[object, ...]:
     """What decides a request's next-token distributions."""
-    mix = replace(request.mix, stats=False)
+    mix = request.mix
+    mixed = mix.target_kl or mix.weights, mix.target_kl and mix.max_weight
     edits = getattr(request.edits, "edits", ())
     told = [id(e) for e in edits if e.strength and any(mix.models >> m & 1 for m in models_of(e, len(mix.weights)))]
-    return mix, tuple(request.prompt_ids), tuple(told)
+    return mixed, tuple(request.prompt_ids), tuple(told)
 
 
 def forced_answers(

@@ -169,7 +169,7 @@ def shift(
         decoder = load_decoder(
             base, device=device, dtype=dtype, kv_tokens=kv_tokens, max_concurrent=max_concurrent, **side.models.loading
         )
-        say(f"{len(prompts)} answers of {side.label}, read by {base}")
+        say(f"{len(prompts)} answer{'s' * (len(prompts) > 1)} of {side.label}, read by {base}")
         found = decoder.token_shift(
             plain, policy, prompts, answers=None if given is None else [one.as_given(decoder.codec) for one in given],
             max_new_tokens=limit, top=top, errors="return",
