@@ -186,6 +186,8 @@ def test_either_side_is_what_generate_answers_by(name: str) -> None:
         assert (other.ranks == 1).all()
         assert (answer.aligned_top_ranks == answer.ranks).all()
         assert (answer.kl > -1e-5).all()
+        if completion.prompt not in PROMPTS[:2]:
+            continue
         # The base's view by plain transformers.
         ids = list(decoder.requests([completion.prompt])[0].prompt_ids)
         for t, token in enumerate(completion.token_ids):
