@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, TypeAlias
+from functools import lru_cache, partial
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from torch import Tensor
 from raindecode.engine.branch import Branch, Ledger
 from raindecode.engine.engine import Engine, Task
 from raindecode.engine.mixing import mixed_block
-from raindecode.engine.types import Want
+from raindecode.engine.types import HostCall, Want
 from raindecode.errors import NumericError
 from raindecode.mixture import Mix
 from raindecode.progress import ProgressDisplay
@@ -54,6 +55,21 @@ class Forced:
 _Columns: TypeAlias = "tuple[npt.NDArray[Any], ...]"
 
 
+class _Block(NamedTuple):
+    """Rows of one side, per model of the engine as `Got.rows` has them."""
+
+    rows: Sequence[Tensor | None]
+    mix: Mix
+
+
+class _Piece(NamedTuple):
+    """Some of an answer's tokens, the first of them at position `first`, with the rows they stand behind."""
+
+    sides: tuple[_Block, _Block]  # base and aligned
+    tokens: Tensor
+    first: int
+
+
 def force(
     engine: Engine, codec: Codec, answers: Sequence[Forced], *, top: int, progress: bool | None
 ) -> Iterator[tuple[int, ShiftedAnswer | BaseException]]:
@@ -65,9 +81,10 @@ def force(
     Args:
         top: candidates of the base side per token.
     """
+    measure = partial(_measure_all, vocab_size=engine.vocab_size, top=top, is_top=all(one.is_top for one in answers))
     with ProgressDisplay.choose(progress, len(answers), searching=False) as display:
         for wave, rows in _waves(engine, answers):
-            tasks = (_task(engine, codec, one, rows, top, display) for one in wave)
+            tasks = (_task(engine, codec, one, rows, measure, display) for one in wave)
             with closing(engine.run(tasks)) as ended:
                 for task in ended:
                     display.finished(task.tag)
@@ -99,13 +116,15 @@ def _waves(engine: Engine, answers: Sequence[Forced]) -> Iterator[tuple[list[For
     yield wave, most
 
 
-def _task(engine: Engine, codec: Codec, one: Forced, rows: int, top: int, display: ProgressDisplay) -> Task:
+def _task(
+    engine: Engine, codec: Codec, one: Forced, rows: int, measure: Callable[[list[_Piece]], list[Any]], display: ProgressDisplay
+) -> Task:  # fmt: skip
     ledger = Ledger()
     sides = [
         SearchContext(engine, codec, ledger, replace(side, mix=_unmeasured(side.mix)))
         for side in (one.base, one.aligned)
     ]
-    return Task(_forced(one, sides, rows, top, display.reporter(one.index)), ledger, tag=one.index)
+    return Task(_forced(one, sides, rows, measure, display.reporter(one.index)), ledger, tag=one.index)
 
 
 @lru_cache(maxsize=64)
@@ -122,12 +141,15 @@ def _of_both(one: Mix, other: Mix) -> Mix | None:
 
 
 def _forced(
-    one: Forced, sides: Sequence[SearchContext], rows: int, top: int, report: Any
+    one: Forced, sides: Sequence[SearchContext], rows: int, measure: Callable[[list[_Piece]], list[Any]], report: Any
 ) -> Generator[Any, Any, ShiftedAnswer]:
-    """A request of the engine: both sides' rows behind the same tokens, in the same forwards."""
-    engine = sides[0].engine
+    """A request of the engine: both sides' rows behind the same tokens, in the same forwards.
+
+    What `measure` makes of the rows is asked for as a host call, so that all answers of a step are measured together.
+    """
     ready = yield from together(*(with_edits(side) for side in sides))
     branches = _open(ready)
+    mixes = [side.request.mix for side in ready]
     starts = [branch.length - 1 for branch in branches]  # the row behind the prompt speaks of the first token
     tokens = torch.tensor(one.token_ids, dtype=torch.int32)
     parts: list[_Columns] = []
@@ -137,15 +159,16 @@ def _forced(
             branch.reserve = branch.length + len(tokens)
             branch.append(one.token_ids[max(first - 1, 0) : last - 1])
         got = yield [Want(branch, rows_from=start + first) for branch, start in zip(branches, starts, strict=True)]
-        base, aligned = (
-            mixed_block(answer.rows, side.request.mix, engine.vocab_size)
-            for answer, side in zip((got[0], got[-1]), ready, strict=True)
-        )
+        blocks = _Block(got[0].rows, mixes[0]), _Block(got[-1].rows, mixes[1])
         del got
-        parts.append(_measure(base, aligned, tokens[first:last], first, top, one.is_top))
+        (part,) = yield HostCall(measure, [_Piece(blocks, tokens[first:last], first)])
+        del blocks
+        if isinstance(part, Exception):
+            raise part
+        parts.append(part)
         if report is not None:
             report(last, 0)
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    columns = parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]
     return ShiftedAnswer(one.index, one.base.prompt, one.text, one.finish_reason, tokens.numpy(), *columns)
 
 
@@ -160,21 +183,63 @@ def _open(sides: Sequence[SearchContext]) -> list[Branch]:
 
 
 @torch.inference_mode()
-def _measure(base: Tensor, aligned: Tensor, tokens: Tensor, first: int, top: int, is_top: bool) -> _Columns:
-    """What `rank` and the largest logits say of rows [n, vocabulary]. The first row is that of token `first`.
+def _measure_all(pieces: list[_Piece], *, vocab_size: int, top: int, is_top: bool) -> list[_Columns | NumericError]:
+    """The columns of every piece, or why it has none. Pieces whose rows lie one behind the other are measured as one."""
+    runs: list[list[_Piece]] = []
+    for piece in pieces:
+        if runs and _follows(runs[-1][-1], piece):
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    found: list[_Columns | NumericError] = []
+    for run in runs:
+        bounds = [0, *accumulate(len(piece.tokens) for piece in run)]
+        base, aligned = (
+            mixed_block(_joined([piece.sides[side] for piece in run], bounds[-1]), run[0].sides[side].mix, vocab_size) for side in (0, 1)
+        )  # fmt: skip
+        columns = _measure(base, aligned, torch.cat([piece.tokens for piece in run]), top, is_top)
+        for piece, begin, end in zip(run, bounds, bounds[1:], strict=False):
+            mine = tuple(column[begin:end] for column in columns)
+            found.append(mine if mine[0].all() else _no_number(piece, mine[0]))
+    return found
 
-    Raises:
-        NumericError: a row is no distribution.
-    """
+
+def _follows(one: _Piece, other: _Piece) -> bool:
+    """Whether the rows of `other` lie behind those of `one`, of all models on both sides."""
+    return all(
+        (before is None and behind is None)
+        or (
+            before is not None
+            and behind is not None
+            and before.untyped_storage().data_ptr() == behind.untyped_storage().data_ptr()
+            and before.stride() == behind.stride()
+            and before.storage_offset() + before.shape[0] * before.stride(0) == behind.storage_offset()
+        )
+        for mine, theirs in zip(one.sides, other.sides, strict=True)
+        for before, behind in zip(mine.rows, theirs.rows, strict=True)
+    )
+
+
+def _joined(blocks: Sequence[_Block], count: int) -> list[Tensor | None]:
+    """`count` rows of every model, of blocks that follow one another."""
+    return [
+        None if first is None else first.as_strided((count, first.shape[1]), first.stride()) for first in blocks[0].rows
+    ]
+
+
+def _no_number(piece: _Piece, ranks: npt.NDArray[Any]) -> NumericError:
+    at = piece.first + int(np.flatnonzero(ranks == 0)[0])
+    return NumericError(
+        f"the logits at token {at} of the answer hold NaN, +inf or nothing but -inf: one of the two models produced no number"
+    )
+
+
+def _measure(base: Tensor, aligned: Tensor, tokens: Tensor, top: int, is_top: bool) -> _Columns:
+    """What `rank` and the largest logits say of rows [n, vocabulary]. A row that is no distribution has rank 0."""
     if base.dtype != aligned.dtype:
         base, aligned = base.float(), aligned.float()
     tokens = tokens.to(base.device)
     found = rank(base, aligned, tokens)
-    if not bool(found.rank.all()):
-        at = first + int((found.rank == 0).nonzero()[0])
-        raise NumericError(
-            f"the logits at token {at} of the answer hold NaN, +inf or nothing but -inf: one of the two models produced no number"
-        )
     top_ranks = found.rank
     if not is_top:
         best = _largest(aligned, 1)[1][:, 0]
@@ -198,7 +263,7 @@ def _measure(base: Tensor, aligned: Tensor, tokens: Tensor, first: int, top: int
         values.float() - lse[:, None],
     )
     *kept, logprobs = (column.cpu().numpy() for column in columns)
-    return *kept, np.exp(logprobs)  # of so few numbers, torch takes a hundred times as long
+    return *kept, np.exp(logprobs)  # torch takes a hundred times as long for so few numbers
 
 
 def _largest(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
