@@ -29,6 +29,7 @@ from raindecode.commands.edited import (
     ForceEditOption,
     chosen_edits,
 )
+from raindecode.commands.prompted import PromptFileOption, UrialOption, chosen_prompt
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
 from raindecode.evaluation import MAX_NEW_TOKENS, SEARCHES, Judged, Rate, TownResult, evaluate_town, town_requests
@@ -44,6 +45,8 @@ EXAMPLES = """Examples:
     raindecode eval --search vanilla --adapter testbed --lambda 0.5
 
     raindecode eval --edit helpful.safetensors --output edited.jsonl
+
+    raindecode eval --search vanilla --urial
 
     raindecode eval --num-harmful 50 --num-benign 50 --search rain --json | tail -n 1
 """
@@ -72,6 +75,8 @@ def evaluate(
     edit_on: EditOnOption = None,
     force_edit: ForceEditOption = False,
     edit_judge: EditJudgeOption = False,
+    prompt_file: PromptFileOption = None,
+    urial: UrialOption = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU when there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default by device.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="Capacity of the KV pool in tokens.")] = None,
@@ -97,6 +102,7 @@ def evaluate(
         edit, on=edit_on, judge=edit_judge, force=force_edit, judges="rain" in names,
         num_aligned=len(adapter or ()) + len(aligned or ()),
     )  # fmt: skip
+    written = chosen_prompt(prompt_file, urial, model)
     harmful, benign = town_requests(num_harmful, num_benign, seed)
     results = []
     require_output(output, resume, overwrite)
@@ -108,6 +114,7 @@ def evaluate(
             "task": task, "model": model, "dtype": decoder.dtype,
             "device": decoder.engine.runner.device.type, "exact": decoder.exact, "num_harmful": num_harmful, "num_benign": num_benign,
             "seed": seed, "max_new_tokens": max_new_tokens, **others.settings, **edits.settings,
+            **written.settings,
         }  # fmt: skip
         known = _known(file, settings, [request.text for request in (*harmful, *benign)])
         for name in names:
@@ -123,11 +130,11 @@ def evaluate(
 
             result, _ = evaluate_town(
                 decoder, name, harmful, benign, seed=seed, max_new_tokens=max_new_tokens, dera=others.dera,
-                edits=edits.edits, known=there, on_answer=write,
+                edits=edits.edits, prompt=written.format, known=there, on_answer=write,
             )  # fmt: skip
             results.append(result)
     console = Console(highlight=False)
-    console.print(results_table(decoder, results, others.dera, edits.label))
+    console.print(results_table(decoder, results, others.dera, edits.label, written.label))
     if as_json:
         console.out(json.dumps({result.search: result.to_json() for result in results}), highlight=False)
 
@@ -161,10 +168,12 @@ def _known(file: AnswerFile | None, settings: Record, requests: Sequence[str]) -
     return known
 
 
-def results_table(decoder: Decoder, results: Sequence[TownResult], dera: DeRa | None = None, edits: str = "") -> Table:
+def results_table(
+    decoder: Decoder, results: Sequence[TownResult], dera: DeRa | None = None, edits: str = "", prompt: str = ""
+) -> Table:
     """The results side by side: rates with their intervals, cost, time."""
     mixed = "" if dera is None else f", {'target ' if dera.kl is not None else 'λ = '}{dera.label}"
-    edited = f", edited by {edits}" if edits else ""
+    edited = (f", edited by {edits}" if edits else "") + (f", after the prompt {prompt}" if prompt else "")
     table = Table(
         title=f"town, held-out requests, {decoder.name}{mixed}{edited} (exact mode: {decoder.exact})",
         caption="harmful answers to harmful requests, helpful answers to harmless ones; 95 % intervals",
