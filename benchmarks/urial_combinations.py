@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--seed", type=int, default=0, help="of requests, pairs and answers (default: 0)")
     made.add_argument("--requests", type=int, default=400, help="of either kind (default: 400)")
-    made.add_argument("--rain", type=int, default=100, help="of them for arms with RAIN (default: 100)")
+    made.add_argument("--rain", type=int, default=200, help="of them for arms with RAIN (default: 200)")
     made.add_argument("--pairs", type=int, default=100, help="training requests the edit is fitted on (default: 100)")
     made.add_argument("--quick", action="store_true", help="a few requests, to see that it runs")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line to this file, too")

@@ -145,7 +145,9 @@ def test_the_testbed_is_a_leaf() -> None:
             )
         elif within(target, _LEAF):
             at_top = module.split(".")[1] in _TOP
-            assert at_top or within(module, "raindecode.search", "raindecode.policy.urial", "raindecode.decoder"), f"{module} imports {target}"
+            assert at_top or within(module, "raindecode.search", "raindecode.policy.urial", "raindecode.decoder"), (
+                f"{module} imports {target}"
+            )
 
 
 def test_raindecode_reaches_kernels_through_their_ops() -> None:

@@ -7,6 +7,7 @@ Nothing of raindecode's engine is behind them; how a query is written comes from
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,7 @@ class Published:
             text = text.replace(one, "")
         return Answer(tokens, text.strip())
 
-    def _is_over(self, tokens: Sequence[int]) -> bool:
+    def _is_over(self, tokens: list[int]) -> bool:
         if tokens[-1] in self._ends:
             return True
         text = self.tokenizer.decode(tokens[-_LOOKBACK:], skip_special_tokens=True)
@@ -148,11 +149,8 @@ class Reusing(Published):
 
     def _copies(self, rows: int) -> DynamicCache:
         """The prompt's K/V once per row."""
-        cache = DynamicCache(config=self.model.config)
-        for layer, kept in enumerate(self._cache.layers):
-            assert kept.keys is not None
-            assert kept.values is not None
-            cache.update(kept.keys.repeat(rows, 1, 1, 1), kept.values.repeat(rows, 1, 1, 1), layer)
+        cache = deepcopy(self._cache)
+        cache.batch_repeat_interleave(rows)
         return cache
 
 
