@@ -30,7 +30,7 @@ import raindecode  # noqa: E402  before torch: asks MKL for reproducible results
 
 # isort: split
 import torch  # noqa: E402
-from bench_options import check_json, write_json  # noqa: E402
+from bench_options import check_json, stopwatch, write_json  # noqa: E402
 from preset_runs import (  # noqa: E402
     Run,
     Sizes,
@@ -92,11 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     sizes, seeds = checked(options)
     quiet_libraries()
-    started = time.perf_counter()
-
-    def said(text: str) -> None:
-        print(f"[{time.perf_counter() - started:5.0f} s] {text}", file=sys.stderr, flush=True)
-
+    started, said = time.perf_counter(), stopwatch()
     decoder = Decoder.from_pretrained("testbed", device="cpu", dtype="float32")
     if options.rain_only:
         record = again_with_rain(decoder, json.loads(options.json.read_text(encoding="utf-8")), said)

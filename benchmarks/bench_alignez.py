@@ -42,12 +42,12 @@ import torch  # noqa: E402
 from alignez_engines import BASES, OURS, THEIRS, Engines, bytes_needed  # noqa: E402
 from alignez_parts import draw_pairs, fits, parts_ms, toggled_ms  # noqa: E402
 from bench_options import (  # noqa: E402
-    DTYPES,
     MODELS,
     add_machine_options,
     check_least,
     check_machine_options,
     check_one_of,
+    settle,
     write_json,
 )
 from dera_engines import load_shape, sharing  # noqa: E402
@@ -59,7 +59,6 @@ from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from raindecode import Decoder  # noqa: E402
-from raindecode.commands.common import quiet_libraries  # noqa: E402
 from raindecode.errors import ConfigError, RainDecodeError  # noqa: E402
 from raindecode.hidden_edits import TAPS  # noqa: E402
 from raindecode.policy.alignez.presets import PRESETS  # noqa: E402
@@ -137,10 +136,7 @@ def main(argv: list[str] | None = None, *, prog: str = "python benchmarks/bench_
     if options.quick:
         vars(options).update(_QUICK)
     device = checked(options)
-    dtype = DTYPES[options.dtype]
-    quiet_libraries()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    dtype = settle(options)
     needed = bytes_needed(options.shape, dtype, options.rows, options.context, options.steps)
     check_room(options.shape, device, dtype, needed)
     model, tokenizer = load_shape(options.shape, device, dtype)

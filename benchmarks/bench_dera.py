@@ -39,12 +39,12 @@ import raindecode  # noqa: E402  before torch: asks MKL for reproducible results
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from bench_options import (  # noqa: E402
-    DTYPES,
     MODELS,
     add_machine_options,
     check_least,
     check_machine_options,
     in_turns,
+    settle,
     write_json,
 )
 from dera_engines import (  # noqa: E402
@@ -62,7 +62,6 @@ from rain_engines import check_room  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from raindecode.commands.common import quiet_libraries  # noqa: E402
 from raindecode.errors import ConfigError, RainDecodeError  # noqa: E402
 
 Row = dict[str, Any]
@@ -115,10 +114,7 @@ def main(argv: list[str] | None = None, *, prog: str = "python benchmarks/bench_
     """
     options = parser(prog).parse_args(argv)
     device, names = checked(options)
-    dtype = DTYPES[options.dtype]
-    quiet_libraries()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    dtype = settle(options)
     check_room(options.shape, device, dtype, bytes_needed(options.shape, dtype))
     model, tokenizer = load_shape(options.shape, device, dtype)
     longest = model.config.max_position_embeddings - options.steps - 1

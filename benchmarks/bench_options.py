@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +16,7 @@ from rain_engines import MODELS
 from rich.console import Console
 from rich.progress import Progress
 
+from raindecode.commands.common import quiet_libraries
 from raindecode.errors import ConfigError
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +44,24 @@ def check_machine_options(options: argparse.Namespace) -> torch.device:
         raise ConfigError(f"--device is {options.device!r}; allowed: {seen}")
     check_json(options.json)
     return torch.device(options.device)
+
+
+def settle(options: argparse.Namespace) -> torch.dtype:
+    """Quiet libraries and as many threads as asked for; the number type."""
+    quiet_libraries()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return DTYPES[str(options.dtype)]
+
+
+def stopwatch() -> Callable[[str], None]:
+    """Says a line on stderr, with the seconds since this was called."""
+    started = time.perf_counter()
+
+    def said(text: str) -> None:
+        print(f"[{time.perf_counter() - started:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+    return said
 
 
 def check_one_of(options: argparse.Namespace, allowed: Mapping[str, Sequence[str]]) -> None:
@@ -105,5 +126,7 @@ __all__ = [
     "check_machine_options",
     "check_one_of",
     "in_turns",
+    "settle",
+    "stopwatch",
     "write_json",
 ]

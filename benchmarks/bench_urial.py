@@ -36,12 +36,12 @@ import raindecode  # noqa: E402  before torch: asks MKL for reproducible results
 # isort: split
 import torch  # noqa: E402
 from bench_options import (  # noqa: E402
-    DTYPES,
     MODELS,
     add_machine_options,
     check_least,
     check_machine_options,
     in_turns,
+    settle,
     write_json,
 )
 from kernel_bench.machine import facts  # noqa: E402
@@ -53,7 +53,6 @@ from transformers import AutoTokenizer, PreTrainedModel  # noqa: E402
 from urial_engines import ENGINES, OWN, PREFIX, Engines, bytes_needed, constant_prompt  # noqa: E402
 
 from raindecode import testbed  # noqa: E402
-from raindecode.commands.common import quiet_libraries  # noqa: E402
 from raindecode.errors import ConfigError, RainDecodeError  # noqa: E402
 
 Row = dict[str, Any]
@@ -111,10 +110,7 @@ def main(argv: list[str] | None = None, *, prog: str = "python benchmarks/bench_
     if options.quick:
         vars(options).update(_QUICK)
     device, concurrent = checked(options)
-    dtype = DTYPES[options.dtype]
-    quiet_libraries()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    dtype = settle(options)
     needed = bytes_needed(options.shape, dtype, options.prefix or 1000, max(concurrent), options.new_tokens)
     check_room(options.shape, device, dtype, needed)
     model = load_model(options.shape, device, dtype)

@@ -26,7 +26,7 @@ import raindecode  # noqa: E402  before torch: asks MKL for reproducible results
 
 # isort: split
 import torch  # noqa: E402
-from bench_options import check_json, check_least, write_json  # noqa: E402
+from bench_options import check_json, check_least, stopwatch, write_json  # noqa: E402
 from kernel_bench.measure import rounded  # noqa: E402
 from preset_runs import Run, Sizes, counts, fitted, variants  # noqa: E402
 from urial_tables import combinations  # noqa: E402
@@ -88,11 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     sizes = checked(options)
     quiet_libraries()
-    started = time.perf_counter()
-
-    def said(text: str) -> None:
-        print(f"[{time.perf_counter() - started:5.0f} s] {text}", file=sys.stderr, flush=True)
-
+    started, said = time.perf_counter(), stopwatch()
     record: Row = {
         "op": "urial_combinations", "schema": 1, "model": "testbed", "preset": PRESET, "weight": WEIGHT, "seed": options.seed,
         "pairs": sizes.pairs, "temperature": 1.0, "threads": torch.get_num_threads(), "torch": torch.__version__,
