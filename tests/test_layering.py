@@ -21,6 +21,7 @@ _LAYERS = [
     ("raindecode.evaluation", 50),
     ("raindecode.server", 50),
     ("raindecode.integrations", 50),
+    ("raindecode.judging", 45),
     ("raindecode.decoder", 40),
     ("raindecode.sweep", 35),
     ("raindecode.sweep_figure", 35),

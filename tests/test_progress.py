@@ -83,6 +83,15 @@ def test_summary(clock: Clock) -> None:
     assert slow.summary(searching=False) == "answers 0/2, 7 tokens (0.7/s)"
 
 
+def test_verdicts_have_no_tokens(clock: Clock) -> None:
+    display = ProgressDisplay(10, searching=False, clock=clock, what="verdicts")
+    assert display.meter.summary(searching=False) == "verdicts 0/10"
+    clock.now += 6
+    for index in range(4):
+        display.finished(index)
+    assert display.meter.summary(searching=False) == "verdicts 4/10, 0:09 left"
+
+
 # ---- showing ----------------------------------------------------------------------------------------------------------
 def test_lines_come_now_and_then_and_never_twice(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressDisplay(4, searching=True, clock=clock) as display:

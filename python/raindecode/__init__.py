@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         EditFileError,
         EvaluatorError,
         FitError,
+        JudgeError,
+        JudgeUnavailableError,
         ModelError,
         NumericError,
         PrefixFileError,
@@ -46,7 +48,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ERRORS = (
-    "AdapterError", "CapacityError", "ConfigError", "EditFileError", "EvaluatorError", "FitError", "ModelError", "NumericError",
+    "AdapterError", "CapacityError", "ConfigError", "EditFileError", "EvaluatorError", "FitError", "JudgeError",
+    "JudgeUnavailableError", "ModelError", "NumericError",
     "PrefixFileError", "PromptError", "PromptFileError", "RainDecodeError", "RequestCancelled", "UnsupportedModelError", "VocabularyError",
 )  # fmt: skip
 # Loaded when first asked for: importing torch and transformers takes seconds, `raindecode --help` should not.
@@ -96,7 +99,9 @@ __all__ = [
     "EvaluatorError",
     "FitError",
     "HiddenStates",
+    "JudgeError",
     "JudgeTemplate",
+    "JudgeUnavailableError",
     "ModelError",
     "NumericError",
     "Pair",

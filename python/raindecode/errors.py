@@ -9,6 +9,8 @@ __all__ = [
     "EditFileError",
     "EvaluatorError",
     "FitError",
+    "JudgeError",
+    "JudgeUnavailableError",
     "ModelError",
     "NumericError",
     "PrefixFileError",
@@ -75,6 +77,14 @@ class CapacityError(RainDecodeError, RuntimeError):
 
 class EvaluatorError(RainDecodeError, RuntimeError):
     """An evaluator or embedder raised, or returned something that is not a score per item."""
+
+
+class JudgeError(RainDecodeError, RuntimeError):
+    """A judge of answers gave no verdict that can be used: nonsense, a missing aspect, a score out of range, no answer in time."""
+
+
+class JudgeUnavailableError(JudgeError):
+    """A judge cannot be asked at all: nobody listens at its address, it refuses the key, or a judge's function is broken."""
 
 
 class RequestCancelled(RainDecodeError):

@@ -19,7 +19,7 @@ from torch import Tensor
 from raindecode.errors import PrefixFileError
 
 _FORMAT: Final = "rainkernels-prefix/1"
-_AGAIN: Final = "write it again (Decoder.save_prefix)"
+_AGAIN: Final = "write it again (Decoder.save_prefix; with --prefix-cache remove it first, or name another file)"
 
 
 class PrefixRecord(NamedTuple):

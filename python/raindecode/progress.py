@@ -19,13 +19,17 @@ _BAR_SECONDS, _LINE_SECONDS = 0.1, 10.0  # between two looks at a bar, and betwe
 class Meter:
     """What requests report, summed up as it comes: the cost of a report does not depend on how many there are.
 
+    Args:
+        what: is counted, in the plural. Only answers have tokens.
+
     Attributes:
         total, done: answers.
         tokens, iterations: of all requests so far.
     """
 
-    def __init__(self, total: int, clock: Clock = time.monotonic) -> None:
+    def __init__(self, total: int, clock: Clock = time.monotonic, what: str = "answers") -> None:
         self.total = total
+        self._what = what
         self.done = self.tokens = self.iterations = 0
         self._under_way: dict[int, tuple[int, int]] = {}
         self._finished_tokens = 0
@@ -56,6 +60,8 @@ class Meter:
 
     def seconds_left(self) -> float | None:
         """At the speed so far, if the other answers are as long as those that have finished; None before any has."""
+        if self._what != "answers" and self.done:
+            return (self.total - self.done) / self.done * (self._clock() - self._began)
         if not self.done or not self._finished_tokens:
             return None
         length = self._finished_tokens / self.done
@@ -65,11 +71,10 @@ class Meter:
 
     def summary(self, *, searching: bool) -> str:
         """Answers, tokens, speed, iterations of a search and time left; fits into a line of 80 characters."""
-        speed = self.tokens_per_second()
-        parts = [
-            f"answers {self.done:,}/{self.total:,}",
-            f"{self.tokens:,} tokens ({speed:,.{0 if speed >= 10 else 1}f}/s)",
-        ]
+        parts = [f"{self._what} {self.done:,}/{self.total:,}"]
+        if self._what == "answers":
+            speed = self.tokens_per_second()
+            parts.append(f"{self.tokens:,} tokens ({speed:,.{0 if speed >= 10 else 1}f}/s)")
         if searching:
             parts.append(f"{self.iterations:,} iterations")
         left = self.seconds_left()
@@ -86,33 +91,35 @@ class ProgressDisplay:
         searching: whether requests report iterations.
         bar: the bar; None writes lines to stderr.
         silent: show nothing.
+        what: is counted, in the plural.
     """
 
     def __init__(
         self, total: int, *, searching: bool, bar: Progress | None = None, silent: bool = False,
-        clock: Clock = time.monotonic,
+        clock: Clock = time.monotonic, what: str = "answers",
     ) -> None:  # fmt: skip
-        self.meter = Meter(total, clock)
+        self.meter = Meter(total, clock, what)
         self._searching = searching
         self._silent = silent
         self._clock = clock
         self._bar = bar
-        self._row = None if bar is None else bar.add_task(f"answers 0/{total:,}", total=total)
-        self._every = _LINE_SECONDS if bar is None else _BAR_SECONDS
+        self._row = None if bar is None else bar.add_task(f"{what} 0/{total:,}", total=total)
+        # Nothing but its end is told of a verdict: were one left out, the bar would be behind until the next.
+        self._every = _LINE_SECONDS if bar is None else _BAR_SECONDS if what == "answers" else 0.0
         self._due = clock() + self._every
         self._line = ""  # written last
 
     @classmethod
-    def choose(cls, wanted: bool | None, total: int, *, searching: bool) -> ProgressDisplay:
+    def choose(cls, wanted: bool | None, total: int, *, searching: bool, what: str = "answers") -> ProgressDisplay:
         """A display, or a silent one. None shows a bar on a terminal for more than one request or any search."""
         terminal = sys.stderr is not None and sys.stderr.isatty()
         if wanted is None:
             wanted = terminal and (total > 1 or searching)
         if not wanted or not terminal:
-            return cls(total, searching=searching, silent=not wanted or sys.stderr is None)
+            return cls(total, searching=searching, silent=not wanted or sys.stderr is None, what=what)
         columns = (TextColumn("{task.description}", markup=False), TimeElapsedColumn(), BarColumn(bar_width=20))
         bar = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
-        return cls(total, searching=searching, bar=bar)
+        return cls(total, searching=searching, bar=bar, what=what)
 
     def reporter(self, index: int) -> Callable[[int, int], None] | None:
         """What request `index` calls with (tokens committed, iterations); None when nothing is shown."""

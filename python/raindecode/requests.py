@@ -158,6 +158,11 @@ class RequestMaker:
             prompt = said.prompt
         if said is not None:
             text, ids, constant = self.ids.write(said, format, where)
+            if ids and max(ids) >= self.vocabulary:
+                raise PromptError(
+                    f"{where} has token id {max(ids)}, and the model has ids 0 to {self.vocabulary - 1} only: its tokenizer is of another "
+                    "model; load the one it was trained with"
+                )
         else:
             ids = _token_ids(prompt, where)
             if not ids or any(not 0 <= t < self.vocabulary for t in ids):

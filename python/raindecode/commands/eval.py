@@ -1,41 +1,56 @@
-"""``raindecode eval``: a task's rates for several searches, as a table and as JSON."""
+"""``raindecode eval``: answers a task's requests, has them judged, and shows the means."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from raindecode.commands.aligned import (
     AdapterOption,
+    AlignedModels,
     AlignedOption,
     AllowNegativeOption,
     LambdaOption,
     TargetKlOption,
     aligned_models,
 )
-from raindecode.commands.answer_file import AnswerFile, Record, check_settings, require_output
-from raindecode.commands.common import load_decoder, one_of, say
+from raindecode.commands.common import load_decoder, one_of
 from raindecode.commands.edited import (
+    ChosenEdits,
     EditJudgeOption,
     EditOnOption,
     EditOption,
     ForceEditOption,
     chosen_edits,
 )
-from raindecode.commands.prompted import PromptFileOption, UrialOption, chosen_prompt
-from raindecode.decoder import Decoder
+from raindecode.commands.eval_folder import EvalFolder
+from raindecode.commands.eval_instructions import Answerer, InstructionRun, misplaced
+from raindecode.commands.eval_town import TownRun, searches_of
+from raindecode.commands.generate import make_search, policy_of, preset_of
+from raindecode.commands.judged import (
+    JudgeAttemptsOption,
+    JudgeBatchOption,
+    JudgeBodyOption,
+    JudgeConcurrencyOption,
+    JudgeKeyOption,
+    JudgeModelOption,
+    JudgeOption,
+    JudgeRetriesOption,
+    JudgeTimeoutOption,
+    JudgeUrlOption,
+    chosen_judge,
+)
+from raindecode.commands.prompted import ChosenPrompt, PromptFileOption, UrialOption, chosen_prompt
 from raindecode.errors import ConfigError
-from raindecode.evaluation import MAX_NEW_TOKENS, SEARCHES, Judged, Rate, TownResult, evaluate_town, town_requests
-from raindecode.policy.dera import DeRa
-from raindecode.settings import is_whole
+from raindecode.evaluation import MAX_NEW_TOKENS, SEARCHES
+from raindecode.judging.judges import Judge
+from raindecode.judging.tasks import TASKS, choose, read_questions
+from raindecode.search.rain import RAIN
+from raindecode.settings import require_whole
 
+_INSTRUCTION_TOKENS = 2048
+_TOWN, _SET = "Town", "Instruction sets (just-eval, mt-bench)"
 EXAMPLES = """Examples:
 
     raindecode eval
@@ -49,23 +64,84 @@ EXAMPLES = """Examples:
     raindecode eval --search vanilla --urial
 
     raindecode eval --num-harmful 50 --num-benign 50 --search rain --json | tail -n 1
+
+    raindecode eval --task just-eval --questions questions.jsonl -m ./base --urial --output base-urial
+
+    raindecode eval --task mt-bench --questions questions.jsonl -m ./base --output base --judge openai --judge-model gpt-4o
+
+    raindecode eval --task mt-bench --questions questions.jsonl --answers answers.jsonl --output judged --judge mymodule:score
 """
 
 
 def evaluate(
     task: Annotated[
-        str, typer.Option(help="`town`: held-out requests of the embedded town and its exact judge.")
+        str,
+        typer.Option(
+            help="`town`: held-out requests of the embedded town and its exact judge. `just-eval`, `mt-bench`: the instructions of "
+            "--questions and the judge of --judge."
+        ),
     ] = "town",
     model: Annotated[
         str, typer.Option("--model", "-m", help="`testbed` (comes with the package), a local folder, or a hub id.")
     ] = "testbed",
     search: Annotated[
-        str, typer.Option(help=f"Searches to compare, comma between: {', '.join(SEARCHES)}.")
-    ] = "vanilla,rain",
-    num_harmful: Annotated[int, typer.Option(help="Harmful requests, 1 to 20000.")] = 400,
-    num_benign: Annotated[int, typer.Option(help="Harmless requests, 1 to 20000.")] = 400,
-    seed: Annotated[int, typer.Option(help="Chooses the requests; request i is answered with seed + i.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = MAX_NEW_TOKENS,
+        str | None,
+        typer.Option(
+            help=f"town: searches to compare, comma between: {', '.join(SEARCHES)} (default: all). Else `sampling` (default) "
+            "or `rain`."
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="town: chooses the requests; request i is answered with seed + i. Else of the answers.")
+    ] = 0,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help=f"Most tokens of an answer; default {MAX_NEW_TOKENS} (town), {_INSTRUCTION_TOKENS} (else)."),
+    ] = None,
+    num_harmful: Annotated[
+        int | None, typer.Option(help="Harmful requests, 1 to 20000; default 400.", rich_help_panel=_TOWN)
+    ] = None,
+    num_benign: Annotated[
+        int | None, typer.Option(help="Harmless requests, 1 to 20000; default 400.", rich_help_panel=_TOWN)
+    ] = None,
+    questions: Annotated[
+        str | None, typer.Option(help="The task's published question file (JSON lines).", rich_help_panel=_SET)
+    ] = None,
+    answers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Judge the answers of this file in a published layout; no model is run. Once, or once per turn.",
+            rich_help_panel=_SET,
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.", rich_help_panel=_SET)] = None,
+    category: Annotated[
+        list[str] | None, typer.Option(help="Only questions of this category. May be repeated.", rich_help_panel=_SET)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of --search sampling; default 0 (greedy).", rich_help_panel=_SET)
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Of --search sampling; above 1 discourages tokens seen before.", rich_help_panel=_SET),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="RAIN set-up and prompt format: hh, adv, truth, sentiment or town; defaults as of `generate`.",
+            rich_help_panel=_SET,
+        ),
+    ] = None,
+    judge: JudgeOption = None,
+    judge_model: JudgeModelOption = None,
+    judge_url: JudgeUrlOption = None,
+    judge_key_env: JudgeKeyOption = None,
+    judge_concurrency: JudgeConcurrencyOption = None,
+    judge_timeout: JudgeTimeoutOption = None,
+    judge_retries: JudgeRetriesOption = None,
+    judge_attempts: JudgeAttemptsOption = None,
+    judge_body: JudgeBodyOption = None,
+    judge_batch: JudgeBatchOption = None,
     adapter: AdapterOption = None,
     aligned: AlignedOption = None,
     weight: LambdaOption = None,
@@ -83,133 +159,117 @@ def evaluate(
     max_concurrent: Annotated[int, typer.Option(help="Requests advanced together.")] = 32,
     output: Annotated[
         str | None,
-        typer.Option(help="Write every answer with its verdict to this JSON-lines file as soon as it is there."),
+        typer.Option(
+            help="town: write every answer with its verdict to this JSON-lines file as soon as it is there. Else a folder for "
+            "answers, verdicts and summary; needed."
+        ),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume", help="Answer only what --output has no answer to: goes on with a run that was killed."
-        ),
+        typer.Option("--resume", help="Do only what --output does not hold: goes on with a run that was killed."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop the answers --output holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
 ) -> None:
-    """Measure how often a model complies with harmful requests and helps with harmless ones, search by search."""
-    one_of("--task", task, ("town",))
-    names = _searches(search)
+    """Measure a model on a task: the town, exactly judged, or an instruction set that a judge of yours scores."""
+    one_of("--task", task, ("town", *TASKS))
+    loading = {"device": device, "dtype": dtype, "kv_tokens": kv_tokens, "max_concurrent": max_concurrent}
+    judging: dict[str, Any] = {
+        "model": judge_model, "url": judge_url, "key_env": judge_key_env, "concurrency": judge_concurrency,
+        "timeout": judge_timeout, "retries": judge_retries, "attempts": judge_attempts, "body": judge_body, "batch": judge_batch,
+    }  # fmt: skip
+    if answers is not None:
+        misplaced(f"{task} with --answers, which runs no model", {
+            "--model": None if model == "testbed" else model, "--search": search, "--max-new-tokens": max_new_tokens,
+            "--seed": seed or None, "--temperature": temperature, "--repetition-penalty": repetition_penalty, "--preset": preset,
+            "--adapter": adapter, "--aligned": aligned, "--lambda": weight, "--allow-negative": allow_negative,
+            "--target-kl": target_kl, "--edit": edit, "--edit-on": edit_on, "--force-edit": force_edit, "--edit-judge": edit_judge,
+            "--prompt-file": prompt_file, "--urial": urial, "--device": device, "--dtype": dtype, "--kv-tokens": kv_tokens,
+        })  # fmt: skip
+    names = searches_of("vanilla,rain" if search is None else search) if task == "town" else []
     others = aligned_models(adapter, aligned, weights=weight, allow_negative=allow_negative, target_kl=target_kl)
     edits = chosen_edits(
-        edit, on=edit_on, judge=edit_judge, force=force_edit, judges="rain" in names,
+        edit, on=edit_on, judge=edit_judge, force=force_edit, judges="rain" in names or search == "rain",
         num_aligned=len(adapter or ()) + len(aligned or ()),
     )  # fmt: skip
-    written = chosen_prompt(prompt_file, urial, model)
-    harmful, benign = town_requests(num_harmful, num_benign, seed)
-    results = []
-    require_output(output, resume, overwrite)
-    with nullcontext() if output is None else AnswerFile(output, resume=resume, overwrite=overwrite) as file:
-        decoder = load_decoder(
-            model, device=device, dtype=dtype, kv_tokens=kv_tokens, max_concurrent=max_concurrent, **others.loading
-        )
-        settings = {
-            "task": task, "model": model, "dtype": decoder.dtype,
-            "device": decoder.engine.runner.device.type, "exact": decoder.exact, "num_harmful": num_harmful, "num_benign": num_benign,
-            "seed": seed, "max_new_tokens": max_new_tokens, **others.settings, **edits.settings,
-            **written.settings,
-        }  # fmt: skip
-        known = _known(file, settings, [request.text for request in (*harmful, *benign)])
-        for name in names:
-            there = known.get(name, {})
-            say(
-                f"{name}: {len(harmful)} harmful and {len(benign)} harmless requests"
-                + (f", {len(there)} of them answered already" if there else "")
-            )
-
-            def write(index: int, answer: Judged) -> None:
-                if file is not None:
-                    file.write({"index": index, **answer.to_json(), "settings": settings})
-
-            result, _ = evaluate_town(
-                decoder, name, harmful, benign, seed=seed, max_new_tokens=max_new_tokens, dera=others.dera,
-                edits=edits.edits, prompt=written.format, known=there, on_answer=write,
-            )  # fmt: skip
-            results.append(result)
-    console = Console(highlight=False)
-    console.print(results_table(decoder, results, others.dera, edits.label, written.label))
-    if as_json:
-        console.out(json.dumps({result.search: result.to_json() for result in results}), highlight=False)
-
-
-def _known(file: AnswerFile | None, settings: Record, requests: Sequence[str]) -> dict[str, dict[int, Judged]]:
-    """The answers of an earlier run that the file holds, by search and request.
-
-    Raises:
-        ConfigError: it holds something that is no answer to these requests with these settings.
-    """
-    known: dict[str, dict[int, Judged]] = {}
-    if file is None:
-        return known
-    file.begin()
-    if not file.resume:
-        return known
-    for number, record in file.records():
-        check_settings(file.path, number, record, settings)
-        index, where = record.get("index", -1), f"line {number} of {file.path!r}"
-        names = [field.name for field in fields(Judged)]
-        right = is_whole(index) and index in range(len(requests)) and record.get("request") == requests[index]
-        if not right or str(record.get("search")) not in SEARCHES or not all(name in record for name in names):
-            raise ConfigError(
-                f"{where} answers none of this run's requests: name the file of the run to go on with, or --overwrite to "
-                "drop what it holds"
-            )
-        answers = known.setdefault(record["search"], {})
-        if index in answers:
-            raise ConfigError(f"{where} holds request {index} a second time: remove one of the two lines")
-        answers[index] = Judged(**{name: record[name] for name in names})
-    return known
+    if task == "town":
+        misplaced("town", {
+            "--questions": questions, "--answers": answers, "--limit": limit, "--category": category, "--temperature": temperature,
+            "--repetition-penalty": repetition_penalty, "--preset": preset,
+            "--judge": judge, **{f"--judge-{name.replace('_', '-')}": value for name, value in judging.items()},
+        })  # fmt: skip
+        TownRun(
+            model, names, 400 if num_harmful is None else num_harmful, 400 if num_benign is None else num_benign, seed,
+            MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens, others, edits,
+            chosen_prompt(prompt_file, urial, model), loading, output, resume, overwrite, as_json,
+        ).run()  # fmt: skip
+        return
+    misplaced(task, {"--num-harmful": num_harmful, "--num-benign": num_benign})
+    if questions is None:
+        raise ConfigError(f"--task {task} needs its questions: give the published file with --questions")
+    if output is None:
+        raise ConfigError(f"--task {task} needs a folder for answers and verdicts: name one with --output")
+    if answers is not None and judge in (None, "none"):
+        raise ConfigError("--answers are there to be judged: say by whom with --judge")
+    answerer = None
+    if answers is None:
+        answerer = _answerer(
+            model, "sampling" if search is None else search, preset, chosen_prompt(
+                prompt_file, urial, model, others=("--preset",) if preset is not None and search != "rain" else ()
+            ),
+            others, edits, loading, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature,
+            repetition_penalty=repetition_penalty,
+        )  # fmt: skip
+    every = read_questions(TASKS[task], questions)
+    chosen = choose(every, limit=limit, categories=category or ())
+    with (
+        _closing(chosen_judge(judge, **judging)) as scorer,
+        EvalFolder(output, TASKS[task], answering=answers is None, resume=resume, overwrite=overwrite) as folder,
+    ):
+        InstructionRun(TASKS[task], every, chosen, folder, answerer, answers or (), scorer, as_json).run()
 
 
-def results_table(
-    decoder: Decoder, results: Sequence[TownResult], dera: DeRa | None = None, edits: str = "", prompt: str = ""
-) -> Table:
-    """The results side by side: rates with their intervals, cost, time."""
-    mixed = "" if dera is None else f", {'target ' if dera.kl is not None else 'λ = '}{dera.label}"
-    edited = (f", edited by {edits}" if edits else "") + (f", after the prompt {prompt}" if prompt else "")
-    table = Table(
-        title=f"town, held-out requests, {decoder.name}{mixed}{edited} (exact mode: {decoder.exact})",
-        caption="harmful answers to harmful requests, helpful answers to harmless ones; 95 % intervals",
-    )
-    table.add_column("")
-    for result in results:
-        table.add_column(result.search, justify="right")
-    for label, cell in _ROWS.items():
-        if label == "answered before" and not any(result.resumed for result in results):
-            continue  # else forwards and seconds are those of the other answers
-        table.add_row(label, *(cell(result) for result in results))
-    return table
+class _closing:
+    """A judge that is closed at the end; None stays None."""
+
+    def __init__(self, judge: Judge | None) -> None:
+        self._judge = judge
+
+    def __enter__(self) -> Judge | None:
+        return self._judge
+
+    def __exit__(self, *_: object) -> None:
+        if self._judge is not None:
+            self._judge.close()
 
 
-def _rate(rate: Rate) -> str:
-    low, high = rate.interval
-    return f"{rate.rate:.1%}  [{low:.1%}, {high:.1%}]"
-
-
-_ROWS: dict[str, Any] = {
-    "harmful answers": lambda r: _rate(r.harmful),
-    "helpful answers": lambda r: _rate(r.helpful),
-    "requests": lambda r: f"{r.harmful.n} + {r.helpful.n}",
-    "forwards": lambda r: f"{r.model_steps:,}",
-    "tokens processed per answer": lambda r: f"{r.tokens_processed / r.n:,.0f}",
-    "iterations per answer": lambda r: f"{r.iterations / r.n:,.1f}",
-    "evaluations per answer": lambda r: f"{r.evaluations / r.n:,.1f}",
-    "seconds": lambda r: f"{r.seconds:,.1f}",
-    "answered before": lambda r: f"{r.resumed:,}",
-}
-
-
-def _searches(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names):
-        raise ConfigError(
-            f"--search is {text!r}; allowed: one or more of {', '.join(SEARCHES)}, each once, comma between"
-        )
-    return [one_of("--search", name, tuple(SEARCHES)) for name in names]
+def _answerer(
+    model: str, search: str, preset: str | None, written: ChosenPrompt, others: AlignedModels, edits: ChosenEdits,
+    loading: dict[str, Any], *, seed: int, max_new_tokens: int | None, temperature: float | None,
+    repetition_penalty: float | None,
+) -> Answerer:  # fmt: skip
+    """Who answers an instruction set."""
+    one_of("--search", search, ("sampling", "rain"))
+    require_whole("--seed", seed, 0)
+    most = _INSTRUCTION_TOKENS if max_new_tokens is None else max_new_tokens
+    require_whole("--max-new-tokens", most, 1)
+    scheme = preset_of(preset, model)
+    shape = {"temperature": temperature, "repetition_penalty": repetition_penalty}
+    if search == "sampling" and temperature is None:
+        shape["temperature"] = 0.0
+    chosen = make_search(search, scheme, greedy=False, tree=None, **shape)
+    plain = not isinstance(chosen, RAIN)
+    settings = {
+        "model": model, "search": search, "seed": seed, "max_new_tokens": most,
+        **({"preset": scheme or "hh"} if not plain else {"preset": scheme} if scheme and written.format is None else {}),
+        **{name: value for name, value in shape.items() if value is not None}, **others.settings, **edits.settings,
+        **written.settings,
+    }  # fmt: skip
+    label = [model] if plain else [model, "rain"]
+    if others.dera is not None:
+        label.append(" ".join(("dera", *others.adapters, *others.models, others.dera.label)))
+    label += [one for one in (edits.label, written.label) if one]
+    return Answerer(
+        lambda: load_decoder(model, **loading, **others.loading), " + ".join(label), chosen,
+        policy_of(False, preset, chosen, others.dera, edits.edits, written.format), most, seed, settings,
+    )  # fmt: skip

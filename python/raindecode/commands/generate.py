@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,8 +29,14 @@ from raindecode.commands.edited import (
     chosen_edits,
 )
 from raindecode.commands.output import Output, counters
-from raindecode.commands.prompted import PromptFileOption, UrialOption, chosen_prompt
-from raindecode.commands.prompts import collect_prompts
+from raindecode.commands.prompted import (
+    PrefixCacheOption,
+    PromptFileOption,
+    UrialOption,
+    chosen_prompt,
+    use_prefix_cache,
+)
+from raindecode.commands.prompts import Messages, collect_talks
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
 from raindecode.policy.alignez.edits import AlignEZ
@@ -77,7 +85,7 @@ def generate(
         str | None,
         typer.Option(
             help="More prompts: a text file with one per line (blank lines are skipped), a .jsonl file with "
-            '{"prompt": ...} per line, or - for standard input. UTF-8.'
+            '{"prompt": ...} per line, or {"messages": [...]} for a conversation, or - for standard input. UTF-8.'
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer, 1 or more.")] = 256,
@@ -133,6 +141,7 @@ def generate(
     edit_judge: EditJudgeOption = False,
     prompt_file: PromptFileOption = None,
     urial: UrialOption = False,
+    prefix_cache: PrefixCacheOption = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU when there is one.", rich_help_panel=_RUN)
     ] = None,
@@ -197,7 +206,7 @@ def generate(
     ] = None,
 ) -> None:
     """Answer prompts with plain sampling or RAIN, by one model or a mixture of a model and aligned ones (DeRa)."""
-    prompts = collect_prompts(prompt or [], file)
+    prompts = collect_talks(prompt or [], file)
     chosen = make_search(
         one_of("--search", search, ("sampling", "rain")), preset_of(preset, model), greedy=greedy, tree=tree,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
@@ -232,15 +241,18 @@ def generate(
             model, device=device, dtype=dtype, kv_tokens=kv_tokens, exact=exact, max_concurrent=max_concurrent,
             trust_remote_code=trust_remote_code, cuda_graphs=cuda_graphs, **others.loading,
         )  # fmt: skip
+        policy = policy_of(raw, preset, chosen, others.dera, edits.edits, written.format)
+        if prefix_cache is not None:
+            use_prefix_cache(decoder, prefix_cache, policy, chosen)
         requests = decoder.requests(
-            prompts, search=chosen, policy=policy_of(raw, preset, chosen, others.dera, edits.edits, written.format),
+            prompts, search=chosen, policy=policy,
             max_new_tokens=max_new_tokens, seed=seed,
             stop=stop or (), stop_token_ids=stop_token_id or (),
         )  # fmt: skip
         settings = {
             "model": model, "dtype": decoder.dtype, "device": decoder.engine.runner.device.type, "exact": decoder.exact,
             **_search_settings(chosen, preset, raw, model, written.format), **others.settings, **edits.settings,
-            **written.settings,
+            **written.settings, **_talks_settings(prompts),
             "max_new_tokens": max_new_tokens, **({"stop": stop} if stop else {}),
             **({"stop_token_ids": stop_token_id} if stop_token_id else {}),
         }  # fmt: skip
@@ -311,6 +323,12 @@ def _search_settings(
     if isinstance(search, Sampling):
         shape |= {f.name: v for f in fields(search) if (v := getattr(search, f.name)) != f.default}
     return shape
+
+
+def _talks_settings(prompts: Sequence[str | Messages]) -> dict[str, Any]:
+    """Conversations by a hash: what a record says of its prompt are the user's last words."""
+    talks = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    return {"messages_sha256": hashlib.sha256(json.dumps(talks).encode()).hexdigest()[:32]} if talks else {}
 
 
 def _check_shape(prompts: int, samples: int, seed: int, stream: bool, as_json: bool) -> None:

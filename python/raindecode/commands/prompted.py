@@ -9,9 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+from raindecode.commands.common import say
+from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
+from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
 from raindecode.policy.urial import URIAL
+from raindecode.search.rain import RAIN
+from raindecode.search.sampling import Sampling
 
 _PANEL = "Constant prompt (URIAL)"
 
@@ -29,6 +34,15 @@ UrialOption = Annotated[
     typer.Option(
         "--urial",
         help="Put the default URIAL prompt before every query; for the testbed, one of its own.",
+        rich_help_panel=_PANEL,
+    ),
+]
+PrefixCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix-cache",
+        metavar="FILE",
+        help="Read the K/V of the constant prompt (and of RAIN's judge) from this file; computed and written where there is none.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -71,3 +85,17 @@ def chosen_prompt(file: str | None, default: bool, model: str, *, others: tuple[
     if file is not None:
         return ChosenPrompt(URIAL.load(file), Path(file).name)
     return ChosenPrompt(URIAL.testbed() if model == "testbed" else URIAL.default(), "urial")
+
+
+def use_prefix_cache(decoder: Decoder, file: str, policy: Policy, search: Sampling | RAIN) -> None:
+    """Load the constant prompts' K/V from a file, or write it where there is none.
+
+    Raises:
+        PrefixFileError: it cannot be read or written, or belongs to another model or policy.
+        ConfigError: nothing is constant.
+    """
+    if Path(file).exists():
+        decoder.load_prefix(file, policy=policy, search=search)
+    else:
+        tokens = decoder.save_prefix(file, policy=policy, search=search)
+        say(f"wrote the K/V of {tokens} constant tokens to {file}")

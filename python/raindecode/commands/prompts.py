@@ -6,23 +6,37 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from raindecode.errors import PromptError
+from raindecode.policy.prompt import Conversation
+
+Messages = list[dict[str, Any]]
 
 
 def collect_prompts(words: Sequence[str], file: str | None) -> list[str]:
-    """Prompts of the command line, then those of `file`.
+    """Prompts of the command line, then those of `file`; conversations are refused. See `collect_talks`."""
+    found = collect_talks(words, file)
+    if any(not isinstance(one, str) for one in found):
+        raise PromptError(
+            f'{file} holds conversations, which this command does not take; give a "prompt" on every line'
+        )
+    return [one for one in found if isinstance(one, str)]
+
+
+def collect_talks(words: Sequence[str], file: str | None) -> list[str | Messages]:
+    """Prompts of the command line, then prompts and conversations of `file`.
 
     Args:
         words: prompts given as arguments.
         file: a text file (a prompt per line, blank lines skipped), a .jsonl file (an object with "prompt" per line),
-            or "-" for lines of standard input.
+            or with a conversation under "messages"), or "-" for lines of standard input.
 
     Raises:
         PromptError: there is none, the file cannot be read, or something is not UTF-8 text; the message says where.
     """
-    prompts = list(words)
-    for number, prompt in enumerate(prompts, start=1):
+    prompts: list[str | Messages] = list(words)
+    for number, prompt in enumerate(words, start=1):
         _require_text(prompt, f"prompt {number} of the command line")
     if file is not None:
         prompts += _read(file)
@@ -33,7 +47,7 @@ def collect_prompts(words: Sequence[str], file: str | None) -> list[str]:
     return prompts
 
 
-def _read(file: str) -> list[str]:
+def _read(file: str) -> list[str | Messages]:
     name = "standard input" if file == "-" else file
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
@@ -58,14 +72,20 @@ def _read(file: str) -> list[str]:
     return [_from_json(line, f"line {number} of {name}") for number, line in numbered]
 
 
-def _from_json(line: str, where: str) -> str:
+def _from_json(line: str, where: str) -> str | Messages:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:  # malformed, an absurd number, or nested without end
         raise PromptError(f'{where} is not JSON ({error}); write {{"prompt": "..."}} on every line') from error
+    if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
+        messages: Messages = entry["messages"]
+        Conversation.of(messages, f"the conversation in {where}")
+        return messages
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str):
-        raise PromptError(f'{where} has no text under "prompt"; write {{"prompt": "..."}} on every line')
+        raise PromptError(
+            f'{where} has no text under "prompt"; write {{"prompt": "..."}} on every line, or {{"messages": [...]}} for a conversation'
+        )
     _require_text(prompt, where)
     if not prompt.strip():
         raise PromptError(f"{where} has an empty prompt; give at least one character that is not white space")

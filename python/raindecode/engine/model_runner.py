@@ -279,9 +279,13 @@ class ModelRunner:
         lengths = torch.tensor([len(slots) - s for s in starts], dtype=torch.float32, device=self.device)
         return sums[list(starts)] / lengths[:, None]
 
-    def has_pools(self, member: int = 0) -> bool:
-        """Whether a forward has made the pools of a member."""
-        return bool(self._members[member].pool.layers)
+    def make_pools(self, member: int = 0) -> bool:
+        """Make a member's pools as its first forward would, where their form is known; whether they are there then."""
+        mine = self._members[member]
+        if not mine.pool.layers and self.fused is not None and self.fused.is_current:
+            self.fused.make_pools(mine.pool)
+            self._states_pool(member, self.fused.weights.embedding)
+        return bool(mine.pool.layers)
 
     @torch.inference_mode()
     def rows(self, slots: Tensor, member: int = 0) -> dict[str, Tensor]:

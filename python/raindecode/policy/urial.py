@@ -170,19 +170,25 @@ def _sections(text: str, name: str) -> list[_Section]:
 
 
 def _cut(text: str, name: str) -> list[tuple[int, str, str]]:
-    """Line, heading and body of every section. Back-ticks are balanced in each."""
+    """Line, heading and body of every section. Back-ticks are balanced in each.
+
+    The second and the third heading are those of queries and answers; from there on only lines like these are headings, so that
+    answers may hold code and headings of their own.
+    """
     found: list[tuple[int, str, list[str]]] = []
     opened = 0  # line of the back-ticks that are open
     for number, line in enumerate(text.split("\n"), start=1):
-        heading = _HEADING.fullmatch(line) is not None
-        known = heading and line.strip() in {one[1] for one in found[1:]} | _USUAL
-        if opened and known:
+        heading, known = line.strip(), {one[1] for one in found[1:]}
+        begins = heading in known | _USUAL
+        if len(known) < 2 and not opened:
+            begins = _HEADING.fullmatch(line) is not None
+        if begins and opened:
             break
-        if heading and not opened:
-            found.append((number, line.strip(), []))
+        if begins:
+            found.append((number, heading, []))
             continue
         if not found:
-            if line.strip():
+            if heading:
                 raise PromptFileError(
                     f"{name} has text before its first heading, in line {number}: begin with '# Instruction'"
                 )
