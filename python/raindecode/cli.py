@@ -10,7 +10,7 @@ import typer
 import raindecode
 from raindecode.commands.bake_edit import EXAMPLES as BAKE_EXAMPLES
 from raindecode.commands.bake_edit import bake_edit
-from raindecode.commands.bench import PASSED_ON, alignez, dera, rain
+from raindecode.commands.bench import PASSED_ON, alignez, dera, rain, urial
 from raindecode.commands.common import guarded, quiet_libraries
 from raindecode.commands.demo import demo
 from raindecode.commands.doctor import doctor
@@ -47,6 +47,7 @@ bench = typer.Typer(
 bench.command("rain", context_settings=PASSED_ON, add_help_option=False)(guarded(rain))
 bench.command("dera", context_settings=PASSED_ON, add_help_option=False)(guarded(dera))
 bench.command("alignez", context_settings=PASSED_ON, add_help_option=False)(guarded(alignez))
+bench.command("urial", context_settings=PASSED_ON, add_help_option=False)(guarded(urial))
 app.add_typer(bench, name="bench")
 app.command("doctor")(guarded(doctor))
 app.command("demo")(guarded(demo))
