@@ -1,10 +1,10 @@
 """URIAL on the embedded testbed, alone and with every other method: harmful and helpful answers by the exact judge.
 
-Held-out requests, harmful and harmless ones in equal number, are answered at temperature 1 by plain sampling, AlignEZ, DeRa, RAIN and
-all of these together, each without a constant prompt and with URIAL.testbed(), three kind exchanges. All arms answer the same requests with
-the same numbers; arms with RAIN answer the first --rain of either kind. The edit is the preset that alignez_presets.py chose, fitted on
-pairs the model made itself, without the prompt. Rates follow from the seeds and the weights, not from the machine. Prints a table,
-then one JSON line.
+Held-out requests, harmful and harmless ones in equal number, are answered at temperature 1 by plain sampling and by every combination
+of AlignEZ, DeRa and RAIN, each without a constant prompt and with URIAL.testbed(), three kind exchanges. All arms answer the same
+requests with the same numbers; arms with RAIN answer the first --rain of either kind. The edit is the preset that alignez_presets.py
+chose, fitted on pairs the model made itself, without the prompt. Rates follow from the seeds and the weights, not from the machine.
+Prints a table, then one JSON line.
 
     python benchmarks/urial_combinations.py --json benchmarks/results/urial-testbed.json
     python benchmarks/urial_combinations.py --quick
@@ -56,7 +56,10 @@ ARMS = {
     "plain sampling": Arm(),
     "AlignEZ": Arm(edit=True),
     "DeRa": Arm(dera=True),
+    "DeRa + AlignEZ": Arm(dera=True, edit=True),
     "RAIN": Arm(rain=True),
+    "RAIN + AlignEZ": Arm(rain=True, edit=True),
+    "RAIN + DeRa": Arm(rain=True, dera=True),
     "RAIN + DeRa + AlignEZ": Arm(rain=True, dera=True, edit=True),
 }
 

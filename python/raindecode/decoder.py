@@ -393,9 +393,16 @@ class Decoder:
         require_whole("top", top, 1)
         policies = as_policy("base", base), as_policy("aligned", aligned)
         greedy, limit = Sampling.greedy(), max_new_tokens if answers is None else 1 << 31  # as long as there is room
+        maker = self._maker
         left, right = (
-            self.requests(
-                prompts, search=greedy, policy=policy, max_new_tokens=limit, stop=stop, stop_token_ids=stop_token_ids
+            maker.make(
+                prompts,
+                search=greedy,
+                policy=policy,
+                max_new_tokens=limit,
+                seed=0,
+                stop=stop,
+                stop_token_ids=stop_token_ids,
             )
             for policy in policies
         )

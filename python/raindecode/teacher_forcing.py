@@ -185,23 +185,33 @@ def _open(sides: Sequence[SearchContext]) -> list[Branch]:
 @torch.inference_mode()
 def _measure_all(pieces: list[_Piece], *, vocab_size: int, top: int, is_top: bool) -> list[_Columns | NumericError]:
     """The columns of every piece, or why it has none. Pieces whose rows lie one behind the other are measured as one."""
-    runs: list[list[_Piece]] = []
-    for piece in pieces:
-        if runs and _follows(runs[-1][-1], piece):
-            runs[-1].append(piece)
+    order = sorted(
+        range(len(pieces)), key=lambda i: _place(pieces[i])
+    )  # rows lie as the tree does, pieces come as requests do
+    runs: list[list[int]] = []
+    for i in order:
+        if runs and _follows(pieces[runs[-1][-1]], pieces[i]):
+            runs[-1].append(i)
         else:
-            runs.append([piece])
-    found: list[_Columns | NumericError] = []
-    for run in runs:
+            runs.append([i])
+    found: list[_Columns | NumericError | None] = [None] * len(pieces)
+    for members in runs:
+        run = [pieces[i] for i in members]
         bounds = [0, *accumulate(len(piece.tokens) for piece in run)]
         base, aligned = (
             mixed_block(_joined([piece.sides[side] for piece in run], bounds[-1]), run[0].sides[side].mix, vocab_size) for side in (0, 1)
         )  # fmt: skip
         columns = _measure(base, aligned, torch.cat([piece.tokens for piece in run]), top, is_top)
-        for piece, begin, end in zip(run, bounds, bounds[1:], strict=False):
+        for i, begin, end in zip(members, bounds, bounds[1:], strict=False):
             mine = tuple(column[begin:end] for column in columns)
-            found.append(mine if mine[0].all() else _no_number(piece, mine[0]))
-    return found
+            found[i] = mine if mine[0].all() else _no_number(pieces[i], mine[0])
+    return [one for one in found if one is not None]
+
+
+def _place(piece: _Piece) -> tuple[int, int]:
+    """Where the rows of its base side lie."""
+    rows = next(rows for rows in piece.sides[0].rows if rows is not None)
+    return rows.untyped_storage().data_ptr(), int(rows.storage_offset())
 
 
 def _follows(one: _Piece, other: _Piece) -> bool:

@@ -19,7 +19,18 @@ from models import tiny_decoder
 from test_edits_engine import edit_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from raindecode import AlignEZ, ChatFormat, Decoder, DeRa, Policy, Positions, Sampling, TokenShift, testbed
+from raindecode import (
+    AlignEZ,
+    ChatFormat,
+    Decoder,
+    DeRa,
+    Policy,
+    Positions,
+    Sampling,
+    TokenShift,
+    teacher_forcing,
+    testbed,
+)
 from raindecode.engine.edits import EditBank
 from raindecode.errors import ConfigError, NumericError, PromptError
 from raindecode.hidden_edits import Site
@@ -27,6 +38,7 @@ from raindecode.mixture import Mix
 from raindecode.policy.alignez.edits import Examples
 from raindecode.teacher_forcing import rows_in_flight
 from raindecode.testbed import world
+from rainkernels.ops.logits import rank
 
 PROMPTS = ["the inner", "on a", "a", "other"]
 FORMAT = ChatFormat("\nQ: {prompt}\nA:", prefix="Some text in front.\n")
@@ -59,10 +71,28 @@ def plain_rows(model: PreTrainedModel, paths: Sequence[Sequence[int]]) -> list[t
     return found
 
 
-def test_ranks_and_divergences_equal_those_of_plain_transformers(town: Decoder) -> None:
-    """10,000 positions, base against adapter. Two forwards in float32 differ by rounding, so a rank may lie within what that makes."""
+def test_ranks_and_divergences_equal_those_of_plain_transformers(
+    town: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10,000 positions, base against adapter: ranks are those of a float64 sort of the very logits that were ranked.
+
+    Two forwards in float32 differ by rounding, so beside transformers' a rank may lie within what that makes.
+    """
     prompts, replies = town_pairs(350)
+    sorted_here = []
+
+    def ranking(base: torch.Tensor, aligned: torch.Tensor, tokens: torch.Tensor) -> Any:
+        found = rank(base, aligned, tokens)
+        order = torch.sort(base.double(), dim=1, descending=True, stable=True).indices
+        sorted_here.append(torch.equal(found.rank, 1 + (order == tokens[:, None]).int().argmax(1).int()))
+        ranked.append(len(tokens))
+        return found
+
+    ranked: list[int] = []
+    monkeypatch.setattr(teacher_forcing, "rank", ranking)
     shift = town.token_shift(None, 1.0, prompts, answers=replies, progress=False)
+    assert sum(ranked) >= 10_000
+    assert all(sorted_here)
     base: Any = AutoModelForCausalLM.from_pretrained(testbed.WEIGHTS).eval()
     models = [base, merged(base, str(testbed.ADAPTER))]
     heads = [r.prompt_ids for r in town.requests(prompts)]

@@ -9,6 +9,7 @@ requests share the forward.
 
 from __future__ import annotations
 
+import gc
 import time
 import weakref
 from collections import deque
@@ -42,7 +43,7 @@ from raindecode.mixture import SINGLE, Mix
 # Every engine alive, so that a test can assert that no request left a slot behind.
 LIVE_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 
-_pools = attrgetter("pools")
+_pools, _slot = attrgetter("pools"), attrgetter("slot")
 StepRows = dict[tuple[int, int], LogitRow]  # by slot and model
 
 
@@ -99,8 +100,13 @@ class _Plan:
     charged: dict[Task, int] = field(default_factory=dict)
     forwards: list[int] = field(default_factory=list)  # masks of the models that ran in each
 
-    def add(self, rows: Iterable[Row]) -> int:
+    def add(self, rows: Sequence[Row]) -> int:
         """Plan rows; how many times a model has to run one that it was not planned to."""
+        if len(rows) > 1:
+            slots = list(map(_slot, rows))
+            if self.rows.keys().isdisjoint(slots) and len(set(slots)) == len(slots):
+                self.rows.update(zip(slots, rows, strict=True))
+                return sum(map(int.bit_count, map(_pools, rows)))
         added = 0
         for row in rows:
             there = self.rows.get(row.slot)
@@ -291,16 +297,17 @@ class Engine:
                 ended += self._admit() + self._call_hosts()
             started = time.perf_counter()
             plan = _Plan(RowBlocks(self.tree.num_slots, len(self.models)))
-            try:
-                self._plan(plan, ended)
-                planned = time.perf_counter()
-                found = self._forward(plan)
-            except BaseException:
-                self._abandon(plan)
-                raise
-            self.tree.commit()
-            ran = time.perf_counter()
-            ready = self._answer(plan, found)
+            with _no_collection():
+                try:
+                    self._plan(plan, ended)
+                    planned = time.perf_counter()
+                    found = self._forward(plan)
+                except BaseException:
+                    self._abandon(plan)
+                    raise
+                self.tree.commit()
+                ran = time.perf_counter()
+                ready = self._answer(plan, found)
             self._book(plan, {"plan": planned - started, "model": ran - planned, "sample": time.perf_counter() - ran})
             return ended + self._resume(ready)
 
@@ -547,6 +554,18 @@ class Engine:
             f"{task.ledger.kv_tokens_peak} and the next step adds up to {pending}. Raise kv_tokens "
             "(Decoder.from_pretrained(..., kv_tokens=N) or --kv-tokens N), or shorten the prompt"
         )
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the cycle collector, which a step of thousands of rows would start again and again: their tuples end with the step."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _lacking(models: int, kept: Iterable[int]) -> int:
