@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -223,6 +224,9 @@ def test_ctrl_c_while_judging_loses_no_verdict(cli: Cli) -> None:
 def test_ctrl_c_while_an_endpoint_is_asked(cli: Cli) -> None:
     def reply(number: int, _: Asked) -> Reply:
         if number == 2:
+            until = time.monotonic() + 20
+            while len(lines("out/verdicts.jsonl")) < 2 and time.monotonic() < until:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
         return Reply(pause=30.0 if number >= 2 else 0.0)
 
@@ -387,7 +391,7 @@ def test_rain_a_mixture_and_a_prompt_together(cli: Cli) -> None:
         ("--task just-eval --questions just.jsonl --output just.jsonl", "cannot be made a folder"),
         ("--task just-eval --num-harmful 3", "--num-harmful does not belong to --task just-eval"),
         ("--questions just.jsonl --judge openai --judge-model big", "--questions, --judge, --judge-model does not belong to --task town"),
-        ("--urial", "--urial does not belong to --task town"),
+        ("--temperature 1", "--temperature does not belong to --task town"),
         ("--task just-eval --answers a.json --urial --seed 2", "--seed, --urial does not belong to --task just-eval with --answers"),
         ("--task just-eval --questions just.jsonl --output out --answers a.json", "say by whom with --judge"),
         (f"{' '.join(JUST)} --search vanilla", "--search is 'vanilla'; allowed: sampling, rain"),

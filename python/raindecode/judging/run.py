@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Final
 
 from raindecode.errors import JudgeError, JudgeUnavailableError
@@ -34,20 +34,29 @@ def judge_all(
     """
     found: list[Verdict | JudgeError | None] = [None] * len(items)
     failures = 0
+
+    def take(at: int, outcome: Verdict | JudgeError) -> None:
+        nonlocal failures
+        found[at] = outcome
+        failures = 0 if isinstance(outcome, Verdict) else failures + 1
+        if isinstance(outcome, Verdict) and on_verdict is not None:
+            on_verdict(at, outcome)
+
     display = ProgressDisplay.choose(progress, len(items), searching=False, what="verdicts")
     with display, closing(judge.judge(items)) as outcomes:
-        for at, outcome in outcomes:
-            found[at] = outcome
-            if isinstance(outcome, Verdict):
-                failures = 0
-                if on_verdict is not None:
-                    on_verdict(at, outcome)
-            else:
-                failures += 1
-            display.finished(at)
-            if failures == MOST_FAILURES < len(items):
-                raise JudgeUnavailableError(
-                    f"{failures} items in a row got no verdict; the last, {items[at].name}: {outcome}"
-                )
+        try:
+            for at, outcome in outcomes:
+                take(at, outcome)
+                display.finished(at)
+                if failures == MOST_FAILURES < len(items):
+                    raise JudgeUnavailableError(
+                        f"{failures} items in a row got no verdict; the last, {items[at].name}: {outcome}"
+                    )
+        except KeyboardInterrupt as stopped:
+            with suppress(StopIteration, KeyboardInterrupt):  # what has been answered by now is not thrown away
+                take(*outcomes.throw(stopped))
+                for at, outcome in outcomes:
+                    take(at, outcome)
+            raise
     lost = JudgeError("the judge gave this item no verdict at all")
     return [lost if one is None else one for one in found]
