@@ -96,6 +96,22 @@ def test_it_is_given_up_before_a_request_fails_or_waits() -> None:
     assert len(decoder.engine.pins) == 0
 
 
+def test_it_is_given_up_before_a_request_waits_for_another() -> None:
+    prompts = [
+        [5 + i % 90 for i in range(290)],
+        [7 + i % 80 for i in range(290)],
+    ]  # both fit 700 slots, but not beside a prefix
+    steps = []
+    for before in ([], ["on a"]):
+        decoder = decoder_of(kv_tokens=700)
+        answers(decoder, before, policy=Policy(prompt=ChatFormat("[{prompt}]", prefix="on a " * 60)), max_new_tokens=1)
+        assert len(decoder.engine.pins) == len(before)
+        start = decoder.engine.model_steps
+        answers(decoder, prompts, policy=None, max_new_tokens=8)
+        steps.append(decoder.engine.model_steps - start)
+    assert steps[1] == steps[0]
+
+
 def test_prefixes_too_short_or_too_long_are_not_pinned() -> None:
     decoder = decoder_of(kv_tokens=700)
     answers(decoder, "on a", policy=Policy(prompt=ChatFormat("[{prompt}]", prefix="on " * 5)))
