@@ -176,7 +176,12 @@ class PrefixStore:
             mine = {name.partition(".")[2]: t[which] for name, t in tensors.items() if name.startswith(f"{model}.")}
             runner.put_rows(torch.tensor(slots, dtype=torch.int64), mine, member)
 
-        engine.insert(keys, constant.mix.models, fill)
+        try:
+            engine.insert(keys, constant.mix.models, fill)
+        except ValueError as error:
+            raise PrefixFileError(
+                f"the K/V of {constant.what} in {path!r} do not fit this model ({error}): write it again (Decoder.save_prefix)"
+            ) from error
         slots = self._pinned(constant)
         if not self._is_reproduced(constant, tensors, slots[-1:]):
             engine.forget()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import stat
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from raindecode import RAIN, ChatFormat, Completion, Decoder, DeRa, JudgeTemplat
 from raindecode.engine.pins import LEAST_PINNED
 from raindecode.errors import CapacityError, ConfigError, PrefixFileError, PromptError
 from raindecode.policy.alignez.edits import AlignEZ
+from raindecode.prefix_file import _checksums as checksums
 
 PREFIX = "the inner on a thing in the other " * 12
 FORM = ChatFormat("\n[{prompt}]", prefix=PREFIX, stop=("[",))
@@ -313,7 +315,9 @@ def test_a_change_that_the_fingerprint_misses_is_noticed(file: Path) -> None:
     assert told(answers(other)) == told(answers(decoder_of(copy.deepcopy(model))))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "other", "text", "metadata", "sums", "rows", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "truncate", "other", "text", "metadata", "nested", "sums", "rows", "form", "empty"]
+)
 def test_damaged_files_are_refused(damage: str, file: Path) -> None:
     decoder = decoder_of()
     decoder.save_prefix(file, policy=PLAIN)
@@ -334,12 +338,19 @@ def test_damaged_files_are_refused(damage: str, file: Path) -> None:
         words = "no file of prompts' K/V"
     elif damage == "metadata":
         save_file(tensors, file, {**metadata, "prefixes": "[{]"})
+    elif damage == "nested":
+        save_file(tensors, file, {**metadata, "prefixes": "[" * 100_000})
+    elif damage == "form":  # another program's file, with sums that agree
+        tensors["0.0.1.k"] = tensors["0.0.1.k"].double()
+        save_file(tensors, file, {**metadata, "crc32": json.dumps(checksums(tensors))})
+        words = "do not fit this model"
     elif damage == "sums":
         save_file(tensors, file, {**metadata, "crc32": "{}"})
     elif damage == "rows":
         save_file({k: t[:-1].contiguous() if k.endswith("1.k") else t for k, t in tensors.items()}, file, metadata)
     else:
         file.write_bytes(data)
+    decoder.engine.forget()
     with pytest.raises(PrefixFileError, match=words):
         decoder.load_prefix(file, policy=PLAIN)
 
