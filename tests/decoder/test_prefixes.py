@@ -220,6 +220,14 @@ def test_a_saved_prefix_gives_the_bits_of_a_computed_one(file: Path) -> None:
     assert mode == stat.S_IMODE(plain.stat().st_mode)
 
 
+def test_loading_takes_one_forward_of_one_row(file: Path) -> None:
+    """That of the check: pools whose form is known need none."""
+    decoder_of().save_prefix(file, policy=PLAIN)
+    taker = decoder_of()
+    taker.load_prefix(file, policy=PLAIN)
+    assert taker.engine.model_steps == 1
+
+
 def test_with_a_judges_prompt(file: Path) -> None:
     assert_fits(decoder_of(), decoder_of(), file, search=RAINY)
 
