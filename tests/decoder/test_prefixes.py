@@ -386,6 +386,17 @@ def test_what_cannot_be_saved_or_loaded(file: Path) -> None:
     assert decoder.load_prefix(file, policy=PLAIN) == constant_of(decoder)  # these edits leave the prefix alone
 
 
+def test_arguments_that_say_nothing_are_refused(file: Path) -> None:
+    decoder = decoder_of()
+    for call in (decoder.save_prefix, decoder.load_prefix):
+        with pytest.raises(ConfigError, match="search is a str"):
+            call(file, policy=PLAIN, search="rain")  # type: ignore[arg-type]
+        for system in (5, "  ", "\ud800"):
+            with pytest.raises(PromptError, match="system is"):
+                call(file, policy=PLAIN, system=system)  # type: ignore[arg-type]
+    assert not file.exists()
+
+
 def test_a_short_system_text_can_be_saved_too(file: Path) -> None:
     maker, taker = decoder_of(format=ChatFormat("[{prompt}]")), decoder_of(format=ChatFormat("[{prompt}]"))
     saved = maker.save_prefix(file, system="in a row")
