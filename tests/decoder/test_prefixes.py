@@ -123,14 +123,26 @@ def test_prefixes_too_short_or_too_long_are_not_pinned() -> None:
 
 def test_the_least_recently_used_go_when_there_are_many() -> None:
     decoder = decoder_of(kv_tokens=1000)
-    forms = [Policy(prompt=ChatFormat("[{prompt}]", prefix=f"{i} " + "on " * 60)) for i in range(5)]
-    for policy in (*forms, forms[3]):
-        answers(decoder, "on a", policy=policy, max_new_tokens=1)
+    forms = [Policy(prompt=ChatFormat("[{prompt}]", prefix=f"{i} " + "on " * 70)) for i in range(4)]
+    for i in (0, 1, 2, 0, 3):
+        answers(decoder, "on a", policy=forms[i], max_new_tokens=1)
     pins = decoder.engine.pins
-    assert 1 < len(pins) < 5
+    assert len(pins) == 3
     assert pins.num_tokens <= pins.most == 500
-    (last,) = answers(decoder, "er", policy=forms[3], max_new_tokens=1)
-    assert last.stats.tokens_charged < 10
+    decoder.engine.tree.clear()  # what is pinned stays
+    for i, held in enumerate((True, False, True, True)):
+        constant = tuple(decoder.requests("x", policy=forms[i])[0].prompt_ids[: constant_of(decoder, forms[i])])
+        cursor = decoder.engine.tree.match(constant)
+        length = cursor.length
+        decoder.engine.tree.release(cursor)
+        assert (length == len(constant)) == held, i
+
+
+def test_a_pin_holds_nothing_behind_the_prefix() -> None:
+    decoder = decoder_of()
+    answers(decoder, "on a", max_new_tokens=8)
+    decoder.engine.tree.clear()
+    assert decoder.engine.tree.num_used == constant_of(decoder)
 
 
 def test_the_judges_prompt_is_pinned_and_verdicts_do_not_change() -> None:
