@@ -169,6 +169,32 @@ def test_a_system_text_is_part_of_the_constant() -> None:
     assert done.stats.tokens_charged == len(decoder.requests([talk("er")], policy=PLAIN)[0].prompt_ids) - constant
 
 
+def test_every_system_text_has_its_own_constant() -> None:
+    decoder = decoder_of()
+
+    def constant(system: str) -> int:
+        talk = [{"role": "system", "content": system}, {"role": "user", "content": "x"}]
+        return decoder.requests([talk], policy=PLAIN)[0].constant
+
+    texts = ("in a row", "one after the other")
+    plain = constant_of(decoder)
+    assert [constant(text) for text in texts] == [
+        len(decoder.codec.encode(FORM.prefix + text + "\n\n\n[")) for text in texts
+    ]
+    assert constant_of(decoder) == plain < constant(texts[0])
+
+
+def test_a_token_that_spans_the_seam_is_the_querys() -> None:
+    policy = Policy(prompt=ChatFormat("i{prompt}]", prefix=PREFIX))  # "i" and "n" are one token
+    decoder = decoder_of()
+    apart, merged = decoder.requests(["on a", "n a"], policy=policy)
+    assert merged.constant == apart.constant - 1
+    assert merged.prompt_ids[: merged.constant] == apart.prompt_ids[: merged.constant]
+    assert merged.prompt_ids[merged.constant] != apart.prompt_ids[merged.constant]
+    answers(decoder, "on a", policy=policy)
+    assert told(answers(decoder, "n a", policy=policy)) == told(answers(decoder_of(), "n a", policy=policy))
+
+
 def test_models_and_edits_keep_their_prefixes_apart(tmp_path: Path) -> None:
     model = reference_model()
     decoder = decoder_of(model, adapters=[write_adapter(tmp_path / "a", model)])
