@@ -208,6 +208,8 @@ def test_models_and_edits_keep_their_prefixes_apart(tmp_path: Path) -> None:
         assert done.stats.tokens_charged == models * own
         fresh = decoder_of(adapters=[str(tmp_path / "a")])
         assert told([done]) == told(answers(fresh, query, policy=policy, max_new_tokens=1))
+        assert len(fresh.engine.pins) == 1
+    assert len(decoder.engine.pins) == 3
 
 
 def test_a_failed_or_cancelled_request_pins_what_it_ran_or_nothing() -> None:
