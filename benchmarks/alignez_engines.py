@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from decode_models import llama_config
-from dera_engines import sharing
+from decode_models import kv_bytes, llama_config, weight_bytes
+from dera_engines import ALLOWED, margin_of, sharing
 from naive.alignez import Edit, HookedEdits
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from raindecode import Decoder, Policy, Sampling
 from raindecode.engine.branch import Ledger
@@ -27,7 +27,6 @@ BASES = {"edits": "none", "edits_256": "none", "hooks": "stock", "hooks_256": "s
 """What each edited engine is compared with to tell what the edit adds."""
 GREEDY = Sampling.greedy(ignore_eos=True, logprobs=True)
 OPS = ("project", "boost")
-_ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 _EFFECT = (
     10  # an edit has to move log-probabilities by this many times what is allowed, or the check would prove nothing
 )
@@ -39,14 +38,10 @@ def bytes_needed(name: str, dtype: torch.dtype, rows: int, context: int, steps: 
     if name == "testbed":
         return _SLACK
     config = llama_config(name)
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in LlamaForCausalLM(config).parameters()) * dtype.itemsize
-    head = config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * dtype.itemsize
     ours = len(OURS) * kv_tokens(rows, context, steps)
     theirs = len(THEIRS) * rows * (context + steps) + rows * (context + steps) // config.num_hidden_layers
     return int(
-        2 * weights + (ours + theirs) * per_token + _SLACK
+        2 * weight_bytes(config, dtype) + (ours + theirs) * kv_bytes(config, dtype) + _SLACK
     )  # joining a layer's weights takes them twice for a moment
 
 
@@ -211,9 +206,7 @@ class Engines:
             edit, chosen = self.directions_of(name, row), torch.tensor(tokens[row])[:, None]
             logits = self.reference(row, edit, tokens[row])
             expected = logits.log_softmax(-1).gather(-1, chosen)[:, 0]
-            found["margin"] = max(
-                found["margin"], float((logits.amax(-1, keepdim=True) - logits.gather(-1, chosen)).max())
-            )
+            found["margin"] = max(found["margin"], margin_of(logits, tokens[row]))
             if logprobs is not None:
                 _widen(found, "logprob_error", (torch.tensor(logprobs[row]) - expected).abs())
             if edit is not None:
@@ -221,7 +214,7 @@ class Engines:
                 _widen(found, "effect", (bare - expected).abs())
             if name == "edits_256" and logprobs is not None:
                 _widen(found, "alone_error", self._alone_error(name, row, steps, tokens[row], logprobs[row]))
-        allowed = _ALLOWED[self.model.dtype]
+        allowed = ALLOWED[self.model.dtype]
         errors = (found["margin"], found["logprob_error"] or 0.0, found["alone_error"] or 0.0)
         ok = all(error <= allowed for error in errors)
         if found["effect"] is not None:

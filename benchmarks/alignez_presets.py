@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -31,6 +30,7 @@ import raindecode  # noqa: E402  before torch: asks MKL for reproducible results
 
 # isort: split
 import torch  # noqa: E402
+from bench_options import check_json, stopwatch, write_json  # noqa: E402
 from preset_runs import (  # noqa: E402
     Run,
     Sizes,
@@ -92,11 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     sizes, seeds = checked(options)
     quiet_libraries()
-    started = time.perf_counter()
-
-    def said(text: str) -> None:
-        print(f"[{time.perf_counter() - started:5.0f} s] {text}", file=sys.stderr, flush=True)
-
+    started, said = time.perf_counter(), stopwatch()
     decoder = Decoder.from_pretrained("testbed", device="cpu", dtype="float32")
     if options.rain_only:
         record = again_with_rain(decoder, json.loads(options.json.read_text(encoding="utf-8")), said)
@@ -119,10 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 def report(record: Row, path: Path | None) -> int:
     """Print a record, and write it where a file was named."""
     print(preset_rows(record))
-    line = json.dumps(tidy(record))
-    if path is not None:
-        path.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    write_json(tidy(record), path)
     return 0
 
 
@@ -159,8 +152,7 @@ def checked(options: argparse.Namespace) -> tuple[Sizes, list[int]]:
         raise ConfigError(f"--rain is {options.rain}; allowed: up to {options.requests}, the number of --requests")
     if options.rain_only and (options.quick or options.json is None or not options.json.is_file()):
         raise ConfigError("--rain-only needs a record to go by: give it with --json, and no --quick")
-    if options.json is not None and not os.access(options.json.absolute().parent, os.W_OK):
-        raise ConfigError(f"{options.json} cannot be written: give a file in a folder that exists and is yours")
+    check_json(options.json)
     if options.quick:
         return QUICK, seeds[:1]
     return Sizes(options.pairs, options.requests, options.validation, options.rain), seeds

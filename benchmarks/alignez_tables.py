@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from readme_tables import NONE, table
+from readme_tables import NONE, missing, table
 
 Row = dict[str, Any]
 _EXPECTED = ("testbed", "110m")  # rows that stand there before they are measured
 _ADDED = {"edits": "none", "edits_256": "none", "hooks": "stock", "hooks_256": "stock"}
 _PRESETS = ("svd", "ccs", "svd-knn", "svd-diff", "mean-diff", "logistic")
-
-
-def edit_records(folder: Path) -> list[Row]:
-    """Full records of bench_alignez.py, one per shape, small models first."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("alignez-*.json"))]
-    full = [record for record in records if record.get("op") == "alignez" and record["same"] and not record["quick"]]
-    return sorted(full, key=lambda record: int(record["parameters"]))
 
 
 def edit_steps(records: list[Row]) -> str:
@@ -39,7 +30,7 @@ def edit_steps(records: list[Row]) -> str:
         "Medians, engines in turns step by step. What is added is the median difference between steps of one decode that has\n"
         "its edits on and off in turns, with its 95 % interval; then what its parts take alone:\n\n"
     )
-    return note + table(header, [*rows, *_missing(records, len(header))])
+    return note + table(header, [*rows, *missing(records, _EXPECTED, len(header))])
 
 
 def _added(record: Row, name: str) -> str:
@@ -64,12 +55,7 @@ def fit_times(records: list[Row]) -> str:
         ]
         rows.append([where, *cells])
     note = "**A fit over the forwards it needs**, by preset, in brackets the whole fit (the same command):\n\n"
-    return note + table(header, [*rows, *_missing(fitted, len(header))])
+    return note + table(header, [*rows, *missing(fitted, _EXPECTED, len(header))])
 
 
-def _missing(records: list[Row], columns: int) -> list[list[str]]:
-    there = {record["shape"] for record in records}
-    return [[shape, *[NONE] * (columns - 1)] for shape in _EXPECTED if shape not in there]
-
-
-__all__ = ["edit_records", "edit_steps", "fit_times"]
+__all__ = ["edit_steps", "fit_times"]

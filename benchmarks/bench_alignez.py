@@ -23,7 +23,6 @@ time is forwards. Prints a table, then one JSON line.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -42,6 +41,15 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from alignez_engines import BASES, OURS, THEIRS, Engines, bytes_needed  # noqa: E402
 from alignez_parts import draw_pairs, fits, parts_ms, toggled_ms  # noqa: E402
+from bench_options import (  # noqa: E402
+    MODELS,
+    add_machine_options,
+    check_least,
+    check_machine_options,
+    check_one_of,
+    settle,
+    write_json,
+)
 from dera_engines import load_shape, sharing  # noqa: E402
 from kernel_bench.machine import facts  # noqa: E402
 from kernel_bench.measure import paired_ratio, quartiles, rounded  # noqa: E402
@@ -51,7 +59,6 @@ from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from raindecode import Decoder  # noqa: E402
-from raindecode.commands.common import quiet_libraries  # noqa: E402
 from raindecode.errors import ConfigError, RainDecodeError  # noqa: E402
 from raindecode.hidden_edits import TAPS  # noqa: E402
 from raindecode.policy.alignez.presets import PRESETS  # noqa: E402
@@ -59,7 +66,6 @@ from raindecode.policy.alignez.presets import PRESETS  # noqa: E402
 Row = dict[str, Any]
 Samples = dict[str, list[list[float]]]
 ENGINES = (*OURS, *THEIRS)
-MODELS = ("testbed", "25m", "110m", "1b", "7b")
 MOST_ADDED, MOST_OF_HOOKS, MOST_OF_ONE, MOST_OF_FORWARDS = 0.02, 1 / 3, 1.2, 1.2
 _JUDGED = {
     "shape": "110m",
@@ -74,7 +80,6 @@ _RATIOS = (
     ("edits", "none"), ("edits_256", "none"), ("edits_256", "edits"), ("hooks", "stock"), ("hooks_256", "stock"),
     ("stock", "none"), ("hooks", "edits"), ("hooks_256", "edits_256"),
 )  # fmt: skip
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUICK = {"rows": 8, "context": 16, "rounds": 1, "steps": 4, "pairs": 8, "fit_rounds": 1, "repeats": 5}
 _VERDICT = {True: "met", False: "NOT MET", None: "not judged"}
 EXAMPLES = """examples
@@ -110,10 +115,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--no-fit", action="store_true", help="leave the fits out")
     made.add_argument("--quick", action="store_true", help="so small that it is over at once; the numbers mean nothing")
-    made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    made.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
-    made.add_argument("--threads", type=int, help="of torch (default: as torch chooses)")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line to this file, too")
+    add_machine_options(made)
     return made
 
 
@@ -134,10 +136,7 @@ def main(argv: list[str] | None = None, *, prog: str = "python benchmarks/bench_
     if options.quick:
         vars(options).update(_QUICK)
     device = checked(options)
-    dtype = _DTYPES[options.dtype]
-    quiet_libraries()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    dtype = settle(options)
     needed = bytes_needed(options.shape, dtype, options.rows, options.context, options.steps)
     check_room(options.shape, device, dtype, needed)
     model, tokenizer = load_shape(options.shape, device, dtype)
@@ -169,9 +168,8 @@ def checked(options: argparse.Namespace) -> torch.device:
     Raises:
         ConfigError: an option is not allowed.
     """
-    for name, values in {"shape": MODELS, "dtype": tuple(_DTYPES), "tap": TAPS}.items():
-        if getattr(options, name) not in values:
-            raise ConfigError(f"--{name} is {getattr(options, name)!r}; allowed: {', '.join(values)}")
+    device = check_machine_options(options)
+    check_one_of(options, {"tap": TAPS})
     least = {
         "rows": 2,
         "context": 2,
@@ -182,22 +180,13 @@ def checked(options: argparse.Namespace) -> torch.device:
         "pairs": 4,
         "fit_rounds": 1,
     }
-    for name, smallest in (*least.items(), ("threads", 1)):
-        value = getattr(options, name)
-        if value is not None and value < smallest:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; allowed: a whole number from {smallest}")
+    check_least(options, least)
     for name in options.presets.split(","):
         if name not in PRESETS:
             raise ConfigError(f"--presets names {name!r}; allowed: {', '.join(PRESETS)}")
     if options.directions > 16:
         raise ConfigError(f"--directions is {options.directions}; allowed: 1 to 16")
-    kind = options.device.partition(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        seen = "cpu, cuda or cuda:N" if torch.cuda.is_available() else "cpu (torch sees no GPU here)"
-        raise ConfigError(f"--device is {options.device!r}; allowed: {seen}")
-    if options.json is not None and not os.access(options.json.absolute().parent, os.W_OK):
-        raise ConfigError(f"{options.json} cannot be written: give a file in a folder that exists and is yours")
-    return torch.device(options.device)
+    return device
 
 
 def draw_prompts(options: argparse.Namespace, vocabulary: int, positions: int) -> list[list[int]]:
@@ -391,10 +380,7 @@ def report(record: Row, options: argparse.Namespace) -> int:
         value, parts = ("no number" if each is None else f"{each:.3f}" for each in (goal["value"], goal["by_parts"]))
         beside = "" if goal["by_parts"] is None else f" (by parts {parts})"
         console.print(f"{_VERDICT[goal['met']]}: {goal['name']}: {value}{beside}, at most {goal['bound']:.3f}")
-    line = json.dumps(record)
-    if options.json is not None:
-        options.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    write_json(record, options.json)
     return int(not record["same"])
 
 

@@ -22,8 +22,6 @@ Prints a table, then one JSON line.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -40,9 +38,17 @@ import raindecode  # noqa: E402  before torch: asks MKL for reproducible results
 # isort: split
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from bench_options import (  # noqa: E402
+    MODELS,
+    add_machine_options,
+    check_least,
+    check_machine_options,
+    in_turns,
+    settle,
+    write_json,
+)
 from dera_engines import (  # noqa: E402
     BASELINES,
-    MODELS,
     OURS,
     RECOMPUTE,
     Engines,
@@ -54,10 +60,8 @@ from kernel_bench.machine import facts  # noqa: E402
 from kernel_bench.measure import paired_ratio, quartiles  # noqa: E402
 from rain_engines import check_room  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from raindecode.commands.common import quiet_libraries  # noqa: E402
 from raindecode.errors import ConfigError, RainDecodeError  # noqa: E402
 
 Row = dict[str, Any]
@@ -68,7 +72,6 @@ _RATIOS = (
     ("notebook_recompute", "lora_pair"), ("two_models", "single"), ("two_models_transformers", "two_models"),
     ("single_transformers", "single"),
 )  # fmt: skip
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXAMPLES = """examples
   {prog}                                              the testbed
   {prog} --shape 110m --context 2048                  random weights of a real shape, a longer prompt
@@ -92,10 +95,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     without = f"leave an engine out: {', '.join(ENGINES)}"
     made.add_argument("--without", action="append", default=[], metavar="ENGINE", help=without)
     made.add_argument("--recompute", action="store_true", help=f"also time {RECOMPUTE}")
-    made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    made.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
-    made.add_argument("--threads", type=int, help="of torch (default: as torch chooses)")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line to this file, too")
+    add_machine_options(made)
     return made
 
 
@@ -114,10 +114,7 @@ def main(argv: list[str] | None = None, *, prog: str = "python benchmarks/bench_
     """
     options = parser(prog).parse_args(argv)
     device, names = checked(options)
-    dtype = _DTYPES[options.dtype]
-    quiet_libraries()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    dtype = settle(options)
     check_room(options.shape, device, dtype, bytes_needed(options.shape, dtype))
     model, tokenizer = load_shape(options.shape, device, dtype)
     longest = model.config.max_position_embeddings - options.steps - 1
@@ -147,34 +144,23 @@ def checked(options: argparse.Namespace) -> tuple[torch.device, list[str]]:
     Raises:
         ConfigError: an option is not allowed.
     """
-    for name, values in {"shape": MODELS, "dtype": tuple(_DTYPES)}.items():
-        if getattr(options, name) not in values:
-            raise ConfigError(f"--{name} is {getattr(options, name)!r}; allowed: {', '.join(values)}")
+    device = check_machine_options(options)
     for name in options.without:
         if name not in ENGINES:
             raise ConfigError(f"--without is {name!r}; allowed: {', '.join(ENGINES)}")
-    for name, least in (("context", 2), ("rounds", 1), ("steps", 1), ("rank", 1), ("threads", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name} is {value}; allowed: a whole number from {least}")
+    check_least(options, {"context": 2, "rounds": 1, "steps": 1, "rank": 1})
     if not 0 < options.weight <= 100 or options.weight == 1:
         raise ConfigError(
             f"--weight is {options.weight:g}; allowed: above 0, up to 100, but not 1, which needs one model only"
         )
-    kind = options.device.partition(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        seen = "cpu, cuda or cuda:N" if torch.cuda.is_available() else "cpu (torch sees no GPU here)"
-        raise ConfigError(f"--device is {options.device!r}; allowed: {seen}")
-    if options.shape == "7b" and kind != "cuda":
+    if options.shape == "7b" and device.type == "cpu":
         raise ConfigError(
             f"--shape 7b with --device {options.device}: it takes a GPU; use --device cuda, or a smaller shape"
         )
-    if options.json is not None and not os.access(options.json.absolute().parent, os.W_OK):
-        raise ConfigError(f"{options.json} cannot be written: give a file in a folder that exists and is yours")
     names = [name for name in ENGINES if name not in options.without]
     if not names:
         raise ConfigError("--without leaves no engine; keep one at least")
-    return torch.device(options.device), names + [RECOMPUTE] * options.recompute
+    return device, names + [RECOMPUTE] * options.recompute
 
 
 def check(engines: Engines, names: list[str], steps: int) -> Row:
@@ -194,15 +180,9 @@ def check(engines: Engines, names: list[str], steps: int) -> Row:
 def measure(engines: Engines, names: list[str], options: argparse.Namespace) -> dict[str, list[list[float]]]:
     """Seconds of every step, by engine and round. Prompts are in the caches, where an engine keeps them."""
     samples: dict[str, list[list[float]]] = {name: [] for name in names}
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("rounds", total=options.rounds * len(names))
-        for turn in range(options.rounds):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                progress.update(bar, description=f"round {turn + 1}, {name}")
-                steps = min(options.steps, _RECOMPUTE_STEPS) if name == RECOMPUTE else options.steps
-                samples[name].append(timed(engines, name, steps))
-                progress.advance(bar)
+    for _, name in in_turns(names, options.rounds):
+        steps = min(options.steps, _RECOMPUTE_STEPS) if name == RECOMPUTE else options.steps
+        samples[name].append(timed(engines, name, steps))
     return samples
 
 
@@ -250,10 +230,7 @@ def report(record: Row, options: argparse.Namespace) -> int:
     console.print(table)
     for pair, ratio in record["ratios"].items():
         console.print(f"{pair}: {ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f} round by round)")
-    line = json.dumps(record)
-    if options.json is not None:
-        options.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
+    write_json(record, options.json)
     return int(not record["same"])
 
 

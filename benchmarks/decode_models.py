@@ -45,6 +45,18 @@ def llama_config(name: str) -> LlamaConfig:
     return LlamaConfig(max_position_embeddings=1 << 14, **SHAPES[name])
 
 
+def weight_bytes(config: LlamaConfig, dtype: torch.dtype) -> int:
+    """Bytes of a model's parameters."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in LlamaForCausalLM(config).parameters()) * dtype.itemsize
+
+
+def kv_bytes(config: LlamaConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    head = config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * dtype.itemsize
+
+
 def build_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A Llama of one of SHAPES, its weights drawn on the device."""
     config = llama_config(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_models import build_model, llama_config
+from decode_models import build_model, llama_config, weight_bytes
 from naive.dera import Notebook, Single, TwoModels, mixed
 from rain_engines import load_model
 from safetensors.torch import save_file
@@ -19,7 +19,6 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -31,12 +30,12 @@ from raindecode.policy.dera import DeRa
 
 Row = dict[str, Any]
 Stamp = Callable[[], None]
-MODELS = ("testbed", "25m", "110m", "1b", "7b")
 OURS = ("single", "lora_pair", "two_models")
 BASELINES = ("single_transformers", "two_models_transformers", "notebook")
 RECOMPUTE = "notebook_recompute"
+ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""By how much the logit of a greedy token may lie below the largest one: ties may fall otherwise in another batch."""
 _STRENGTH = 0.3  # spread of an update over that of the weights it is added to
-_ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 _SLACK = 2**30
 
 
@@ -54,9 +53,7 @@ def bytes_needed(name: str, dtype: torch.dtype) -> int:
     """Memory of a run, rounded up: the weights of reference and aligned model, which all engines share."""
     if name == "testbed":
         return _SLACK
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in LlamaForCausalLM(llama_config(name)).parameters()) * dtype.itemsize
-    return int(2 * weights * 1.05 + _SLACK)
+    return int(2 * weight_bytes(llama_config(name), dtype) * 1.05 + _SLACK)
 
 
 @torch.no_grad()
@@ -159,21 +156,32 @@ class Engines:
             rows = mixed(weight, self._rows(self.aligned, tokens), rows)
         rows = rows[:, : len(self.tokenizer)]
         chosen = torch.tensor(tokens, device=rows.device)[:, None]
-        margin = float((rows.amax(-1, keepdim=True) - rows.gather(-1, chosen)).max())
+        margin = margin_of(rows, tokens)
         found: Row = {"margin": margin, "logprob_error": None}
         if logprobs is not None:
             expected = rows.log_softmax(-1).gather(-1, chosen)[:, 0]
             found["logprob_error"] = float((torch.tensor(logprobs, device=rows.device) - expected).abs().max())
-        allowed = _ALLOWED[self.dtype]
+        allowed = ALLOWED[self.dtype]
         ok = margin <= allowed and (found["logprob_error"] or 0.0) <= allowed
         return found | {"allowed": allowed, "ok": ok}
 
     def _rows(self, model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
-        """Logits [len(tokens), vocabulary] float32 that each of the tokens was chosen from."""
-        ids = torch.tensor([[*self.prompt, *tokens[:-1]]], device=model.device)
-        run: Any = model
-        rows: Tensor = run(ids, use_cache=False, logits_to_keep=len(tokens)).logits[0]
-        return rows.float()
+        return answer_rows(model, self.prompt, tokens)
+
+
+@torch.inference_mode()
+def answer_rows(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """Logits [len(tokens), vocabulary] float32 that each token of an answer was chosen from, prompt and answer in one forward."""
+    ids = torch.tensor([[*prompt, *tokens[:-1]]], device=model.device)
+    run: Any = model
+    rows: Tensor = run(ids, use_cache=False, logits_to_keep=len(tokens)).logits[0]
+    return rows.float()
+
+
+def margin_of(rows: Tensor, tokens: Sequence[int]) -> float:
+    """By how much the logit of a token lies below the largest one of its row, at most. 0 is the greedy choice everywhere."""
+    chosen = torch.tensor(tokens, device=rows.device)[:, None]
+    return float((rows.amax(-1, keepdim=True) - rows.gather(-1, chosen)).max())
 
 
 def sharing(model: PreTrainedModel) -> PreTrainedModel:
@@ -181,4 +189,16 @@ def sharing(model: PreTrainedModel) -> PreTrainedModel:
     return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-__all__ = ["BASELINES", "MODELS", "OURS", "RECOMPUTE", "Engines", "bytes_needed", "load_shape", "save_random_adapter"]
+__all__ = [
+    "ALLOWED",
+    "BASELINES",
+    "OURS",
+    "RECOMPUTE",
+    "Engines",
+    "answer_rows",
+    "bytes_needed",
+    "load_shape",
+    "margin_of",
+    "save_random_adapter",
+    "sharing",
+]

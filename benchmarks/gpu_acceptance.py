@@ -131,6 +131,21 @@ def make_parts(*, quick: bool, dry: bool) -> list[Part]:
     edits = ("--shape", "1b" if quick else "7b", "--rows", "64", "--rounds", "1", "--dtype", "bfloat16", "--no-fit")
     if dry:
         edits = ("--shape", "testbed", "--quick", "--no-fit")
+    urial = (
+        "--rounds",
+        "3",
+        "--batch-rounds",
+        "1",
+        "--concurrent",
+        "1,32",
+        "--new-tokens",
+        "16",
+        "--dtype",
+        "bfloat16",
+    )
+    urial = ("--shape", "1b" if quick else "7b", *urial)
+    if dry:
+        urial = ("--shape", "testbed", "--quick")
     cases = (_PYTHON, "benchmarks/acceptance/cases.py", *device)
     watched = (*cases, "--small", "--json", "{result}")
     sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "86")
@@ -143,14 +158,15 @@ def make_parts(*, quick: bool, dry: bool) -> list[Part]:
             "tests",
             (_PYTHON, "-m", "pytest", "tests/kernels" if dry else "tests", "-m", "gpu", "-q", "--tb=short",
              "--junitxml={result}"),
-            90,
+            85,
         ),
         Part("cases", (*cases, *small, *result), 30),
-        Part("kernels", (_PYTHON, "benchmarks/bench_kernels.py", *device, *fast, "--budget", "2", *result), 105),
+        Part("kernels", (_PYTHON, "benchmarks/bench_kernels.py", *device, *fast, "--budget", "2", *result), 95),
         Part("decode_step", (_PYTHON, "benchmarks/decode_step.py", *device, *steps, *result), 75),
         Part("engine_step", (_PYTHON, "benchmarks/engine_step.py", *device, *engine, *result), 30),
         Part("dera_step", (_PYTHON, "benchmarks/bench_dera.py", *device, *dera, *result), 45),
         Part("alignez_step", (_PYTHON, "benchmarks/bench_alignez.py", *device, *edits, *result), 30),
+        Part("urial", (_PYTHON, "benchmarks/bench_urial.py", *device, *urial, *result), 30),
         # Every allocation its own, so that a read past one tensor is not a read inside another.
         Part(
             "sanitizer", watched if dry else (*sanitizer, *watched), 30, None if dry else sanitizer[0],

@@ -1,4 +1,5 @@
-"""What an edit of AlignEZ does to the answers of the embedded testbed, run by run. Used by alignez_presets.py.
+"""What an edit of AlignEZ does to the answers of the embedded testbed, run by run. Used by alignez_presets.py and
+urial_combinations.py.
 
 A run is what follows from one pair seed: the training requests, the pairs made of them, the held-out requests, the numbers that
 answers are drawn with. All arms of a run answer the same requests with the same numbers, so they may be compared request by request.
@@ -24,6 +25,7 @@ from raindecode.policy.alignez.pairs import PairSet
 from raindecode.policy.alignez.presets import PRESETS
 from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
+from raindecode.policy.prompt import ChatFormat
 from raindecode.search.rain import RAIN
 from raindecode.types import Completion
 
@@ -31,7 +33,7 @@ Row = dict[str, Any]
 FIRST_WORD: Final = Positions("last", end=0)  # only the row that the answer's first token is drawn from
 RATES: Final = ("harmful", "helpful", "known")
 KINDS: Final = ("all", "harmful", "benign")  # of requests
-_FORMAT: Final = RAIN.preset("town").format
+_FORMAT: Final = RAIN.preset("town").format or ChatFormat()
 _SEED_STEP: Final = 100_000  # between the answers of two runs
 _UNSEEN: Final = 1_000  # validation requests are drawn with seeds from here on
 _Z95: Final = NormalDist().inv_cdf(0.975)
@@ -114,14 +116,14 @@ class Run:
 
     def answer(
         self, decoder: Decoder, requests: Sequence[testbed.Request], *, search: str = "vanilla",
-        edit: AlignEZ | None = None, dera: DeRa | None = None,
+        edit: AlignEZ | None = None, dera: DeRa | None = None, prompt: ChatFormat = _FORMAT,
     ) -> list[Completion]:  # fmt: skip
         """Answers of one arm, from empty caches."""
-        decoder.engine.tree.clear()
+        decoder.engine.forget()
         first = _SEED_STEP * self.seed
         return decoder.generate(
             [request.text for request in requests], search=SEARCHES[search](),
-            policy=Policy(prompt=_FORMAT, dera=dera, edits=() if edit is None else edit),
+            policy=Policy(prompt=prompt, dera=dera, edits=() if edit is None else edit),
             max_new_tokens=MAX_NEW_TOKENS, seed=list(range(first, first + len(requests))), progress=False,
         )  # fmt: skip
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_models import SHAPES, build_model, llama_config
+from decode_models import SHAPES, build_model, kv_bytes, llama_config, weight_bytes
 from naive.common import make_codec, make_request
 from naive.oracle import Oracle
 from naive.published import Published
 from naive.strong import Strong
 from naive.vanilla import Vanilla
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from workload import RecordedRequest
 from workload_replay import Driven, Script, ScriptedOracle, format_of
 
@@ -47,14 +47,11 @@ def bytes_needed(name: str, dtype: torch.dtype, requests: Sequence[RecordedReque
     if name == "testbed":
         return _SLACK
     config = llama_config(name)
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in LlamaForCausalLM(config).parameters()) * dtype.itemsize
-    head = config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * dtype.itemsize
-    pools = sum(engine.startswith("ours") for engine in engines) * min(_POOL_BYTES, _POOL_TOKENS * per_token)
+    most = min(_POOL_BYTES, _POOL_TOKENS * kv_bytes(config, dtype))
+    pools = sum(engine.startswith("ours") for engine in engines) * most
     states = max(request.answer.tokens_processed for request in requests)
     kept = states * config.vocab_size * 4 if {"published", "strong"} & set(engines) else 0
-    return int(weights + pools + kept + _SLACK)
+    return int(weight_bytes(config, dtype) + pools + kept + _SLACK)
 
 
 def bytes_free(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ def rain_records(folder: Path) -> list[Row]:
     """Records of bench_rain.py, one per model, small models first."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rain-*.json")]
     return sorted(records, key=lambda record: int(record["parameters"]))
+
+
+def full_records(folder: Path, op: str) -> list[Row]:
+    """Full records of one benchmark whose engines agreed, one per shape, small models first."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{op}-*.json"))]
+    full = [record for record in records if record.get("op") == op and record["same"] and not record["quick"]]
+    return sorted(full, key=lambda record: int(record["parameters"]))
+
+
+def missing(records: list[Row], shapes: Sequence[str], columns: int) -> list[list[str]]:
+    """Rows of a table for shapes that are not measured yet."""
+    there = {record["shape"] for record in records}
+    return [[shape, *[NONE] * (columns - 1)] for shape in shapes if shape not in there]
 
 
 def rain(records: list[Row]) -> str:

@@ -12,6 +12,9 @@
     python benchmarks/check_widths.py --json benchmarks/results/widths-float32.json      # and --dtype bfloat16
     python benchmarks/profile_step.py --json benchmarks/results/step.json
     python benchmarks/alignez_presets.py --json benchmarks/results/alignez-testbed.json
+    raindecode bench urial --shape 110m --threads 2 --json benchmarks/results/urial-110m.json  # and 25m
+    raindecode bench urial --threads 2 --json benchmarks/results/urial-testbed-cost.json
+    python benchmarks/urial_combinations.py --json benchmarks/results/urial-testbed.json
     python benchmarks/update_readme.py
 
 The newest record of each kernel family counts, and of the GPU files the newest. What no record holds is "not yet measured".
@@ -24,11 +27,12 @@ import json
 import sys
 from pathlib import Path
 
-from alignez_tables import edit_records, edit_steps, fit_times
+from alignez_tables import edit_steps, fit_times
 from dera_tables import dera_records, dera_steps, dera_sweep, sweep_rows
 from doc_tables import load, steps, widths
 from preset_tables import preset_rows
-from readme_tables import NONE, cpu_rows, gpu, kernels, newest_gpu, rain, rain_records, table
+from readme_tables import NONE, cpu_rows, full_records, gpu, kernels, newest_gpu, rain, rain_records, table
+from urial_tables import combinations, first_tokens, together
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,6 +40,7 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs" / "benchmarks.md"
 DERA = ROOT / "docs" / "methods" / "dera.md"
 ALIGNEZ = ROOT / "docs" / "methods" / "alignez.md"
+URIAL = ROOT / "docs" / "methods" / "urial.md"
 
 
 def town() -> str:
@@ -77,16 +82,17 @@ def filled(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    edits = edit_records(RESULTS)
+    edits, prompts = full_records(RESULTS, "alignez"), full_records(RESULTS, "urial")
     parts = (
         town(), dera_sweep(load(RESULTS / "town-sweep.json")), rain(rain_records(RESULTS)), dera_steps(dera_records(RESULTS)),
-        edit_steps(edits), fit_times(edits), kernels(cpu_rows(RESULTS)), gpu(newest_gpu(RESULTS)),
+        edit_steps(edits), fit_times(edits), first_tokens(prompts), together(prompts), kernels(cpu_rows(RESULTS)), gpu(newest_gpu(RESULTS)),
     )  # fmt: skip
     agreement = widths([load(RESULTS / f"widths-{dtype}.json") for dtype in ("float32", "bfloat16")])
     for path, contents in (
         (README, {"results": "\n".join(parts)}),
         (DERA, {"sweep": sweep_rows(load(RESULTS / "town-sweep.json"))}),
         (ALIGNEZ, {"presets": preset_rows(load(RESULTS / "alignez-testbed.json"))}),
+        (URIAL, {"combinations": combinations(load(RESULTS / "urial-testbed.json"))}),
         (DOCS, {"widths": agreement, "step": steps(load(RESULTS / "step.json"))}),
     ):
         text = updated = path.read_text(encoding="utf-8")

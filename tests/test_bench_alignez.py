@@ -19,11 +19,11 @@ import alignez_parts  # noqa: E402
 import bench_alignez  # noqa: E402
 from alignez_engines import OURS, THEIRS, Engines, Ours, Theirs, bytes_needed  # noqa: E402
 from alignez_parts import _Places, draw_pairs, parts_ms  # noqa: E402
-from alignez_tables import edit_records, edit_steps, fit_times  # noqa: E402
+from alignez_tables import edit_steps, fit_times  # noqa: E402
 from bench_alignez import ENGINES, goals, median_interval, order, rows_checked, summary  # noqa: E402
 from dera_engines import load_shape, sharing  # noqa: E402
 from naive.alignez import Edit, Folded  # noqa: E402
-from readme_tables import NONE  # noqa: E402
+from readme_tables import NONE, full_records  # noqa: E402
 
 from raindecode import Decoder  # noqa: E402
 from raindecode.cli import main  # noqa: E402
@@ -260,7 +260,7 @@ def test_tables(tmp_path: Path) -> None:
         "wrong": record(same=False), "other": {"op": "else"},
     }.items():  # fmt: skip
         (tmp_path / f"alignez-{name}.json").write_text(json.dumps(one), encoding="utf-8")
-    records = edit_records(tmp_path)
+    records = full_records(tmp_path, "alignez")
     assert [each["shape"] for each in records] == ["testbed", "110m"]
     *_, first, second = edit_steps(records).splitlines()
     assert first.startswith(

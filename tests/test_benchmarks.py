@@ -385,7 +385,18 @@ def test_wall_time_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- gpu_acceptance ---------------------------------------------------------------------------------------------------
 
-DRY = ("environment", "build", "doctor", "cases", "kernels", "decode_step", "engine_step", "dera_step", "alignez_step")
+DRY = (
+    "environment",
+    "build",
+    "doctor",
+    "cases",
+    "kernels",
+    "decode_step",
+    "engine_step",
+    "dera_step",
+    "alignez_step",
+    "urial",
+)
 
 
 def check_acceptance(record: dict[str, Any]) -> None:
@@ -413,6 +424,8 @@ def check_acceptance(record: dict[str, Any]) -> None:
     assert {"single", "lora_pair", "two_models"} <= set(parts["dera_step"]["step_ms"])
     assert parts["alignez_step"]["same"]
     assert {"none", "edits", "edits_256", "hooks"} <= set(parts["alignez_step"]["step_ms"])
+    assert parts["urial"]["same"]
+    assert {"hot", "again", "disk", "transformers", "transformers_reuse"} <= set(parts["urial"]["ttft_ms"])
     assert all(goal["met"] is None for goal in record["goals"])  # nothing on a CPU counts
 
 

@@ -14,7 +14,7 @@ _STEP_ROWS, _STEP_PREFIX = 40, 4096
 
 
 def goals(parts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Goals from the findings of the parts "kernels", "decode_step", "dera_step" and "alignez_step"."""
+    """Goals from the findings of the parts "kernels", "decode_step", "dera_step", "alignez_step" and "urial"."""
     rows = _rows(parts, "kernels")
     found = []
     for branches in (40, 160):
@@ -41,6 +41,15 @@ def goals(parts: dict[str, Any]) -> list[dict[str, Any]]:
     )
     added = _added(parts, "7b", "edits")
     found.append(_at_most("AlignEZ, 7B step of 64 rows, two edits in every layer: share added", 0.01, added, None))
+    first = _ratio(parts, "7b", "again / hot", part="urial")
+    found.append(
+        _at_least(
+            "URIAL, 7B, 1,000 constant tokens: time to first token anew over that with the prefix cached",
+            10.0,
+            first,
+            None,
+        )
+    )
     return found
 
 
@@ -53,9 +62,9 @@ def _added(parts: dict[str, Any], shape: str, engine: str) -> float | None:
     return None if share is None else float(share)
 
 
-def _ratio(parts: dict[str, Any], shape: str, pair: str) -> float | None:
-    """Of two engines of bench_dera.py on a GPU, whose tokens were right."""
-    record = parts.get("dera_step", {}).get("result") or {}
+def _ratio(parts: dict[str, Any], shape: str, pair: str, *, part: str = "dera_step") -> float | None:
+    """Of two engines of bench_dera.py or bench_urial.py on a GPU, whose tokens were right."""
+    record = parts.get(part, {}).get("result") or {}
     if record.get("shape") != shape or not record.get("same"):
         return None
     median = record.get("ratios", {}).get(pair, {}).get("median")

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from raindecode.search.rain import RAIN
     from raindecode.search.sampling import Sampling
     from raindecode.sweep import SweepPoint, SweepResult
+    from raindecode.token_shift import ShiftedAnswer, TokenShift
     from raindecode.types import Completion, Stats
 
 __version__ = "0.1.0"
@@ -75,6 +76,8 @@ _HOME = {
     "Sampling": "search.sampling",
     "SweepPoint": "sweep",
     "SweepResult": "sweep",
+    "ShiftedAnswer": "token_shift",
+    "TokenShift": "token_shift",
     "Completion": "types",
     "Stats": "types",
     **dict.fromkeys(_ERRORS, "errors"),
@@ -114,10 +117,12 @@ __all__ = [
     "RequestCancelled",
     "Sampling",
     "SelfEvaluation",
+    "ShiftedAnswer",
     "Stats",
     "SweepPoint",
     "SweepResult",
     "TextEmbedder",
+    "TokenShift",
     "UnsupportedModelError",
     "VocabularyError",
     "__version__",

@@ -10,7 +10,7 @@ import typer
 import raindecode
 from raindecode.commands.bake_edit import EXAMPLES as BAKE_EXAMPLES
 from raindecode.commands.bake_edit import bake_edit
-from raindecode.commands.bench import PASSED_ON, alignez, dera, rain
+from raindecode.commands.bench import PASSED_ON, alignez, dera, rain, urial
 from raindecode.commands.common import guarded, quiet_libraries
 from raindecode.commands.demo import demo
 from raindecode.commands.doctor import doctor
@@ -20,6 +20,8 @@ from raindecode.commands.fit_edit import EXAMPLES as FIT_EXAMPLES
 from raindecode.commands.fit_edit import fit_edit
 from raindecode.commands.generate import EXAMPLES as GENERATE_EXAMPLES
 from raindecode.commands.generate import generate
+from raindecode.commands.shift import EXAMPLES as SHIFT_EXAMPLES
+from raindecode.commands.shift import shift
 from raindecode.commands.sweep import EXAMPLES as SWEEP_EXAMPLES
 from raindecode.commands.sweep import sweep
 
@@ -36,6 +38,7 @@ app = typer.Typer(
 app.command("generate", epilog=GENERATE_EXAMPLES)(guarded(generate))
 app.command("eval", epilog=EVAL_EXAMPLES)(guarded(evaluate))
 app.command("sweep", epilog=SWEEP_EXAMPLES)(guarded(sweep))
+app.command("shift", epilog=SHIFT_EXAMPLES)(guarded(shift))
 app.command("fit-edit", epilog=FIT_EXAMPLES)(guarded(fit_edit))
 app.command("bake-edit", epilog=BAKE_EXAMPLES)(guarded(bake_edit))
 bench = typer.Typer(
@@ -44,6 +47,7 @@ bench = typer.Typer(
 bench.command("rain", context_settings=PASSED_ON, add_help_option=False)(guarded(rain))
 bench.command("dera", context_settings=PASSED_ON, add_help_option=False)(guarded(dera))
 bench.command("alignez", context_settings=PASSED_ON, add_help_option=False)(guarded(alignez))
+bench.command("urial", context_settings=PASSED_ON, add_help_option=False)(guarded(urial))
 app.add_typer(bench, name="bench")
 app.command("doctor")(guarded(doctor))
 app.command("demo")(guarded(demo))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +38,11 @@ from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 from raindecode.search.scored import Scored
 from raindecode.settings import as_strings, is_whole, require_whole
+from raindecode.shift_sides import Answer, Side, as_policy, check_difference, forced_answers, given_answers, label_of
 from raindecode.sweep import Lambda, Sweep, SweepResult
+from raindecode.teacher_forcing import force
 from raindecode.text import Codec
+from raindecode.token_shift import ShiftedAnswer, TokenShift
 from raindecode.types import Completion, Request
 from rainkernels.ops.logits import MAX_MODELS
 
@@ -350,6 +354,84 @@ class Decoder:
         if result.errors and errors == "raise":
             raise result.errors[0]
         return result
+
+    def token_shift(
+        self,
+        base: Side,
+        aligned: Side,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        answers: Sequence[Answer] | None = None,
+        max_new_tokens: int = 256,
+        top: int = 5,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        progress: bool | None = None,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> TokenShift:
+        """Which tokens of the aligned side's answers the base side would not have written (docs/methods/token_shift.md).
+
+        The aligned side answers greedily, then both read the answers, and every token gets its rank in the base's order.
+
+        Args:
+            base, aligned: what each side's next-token distribution is: a Policy, or what it would hold: a DeRa or its weight λ, an
+                AlignEZ, a ChatFormat; None is the reference model alone. Their prompts may differ, the answers' tokens do not.
+            answers: one per prompt, text or token ids, to read instead of the aligned side's; then `max_new_tokens` and
+                stops mean nothing.
+            top: the base's candidates to note per token.
+            max_new_tokens, stop, stop_token_ids, progress: as in `generate`. Tokens that a stop string cuts off an answer, and its
+                end-of-text token, are read like the others.
+            errors: "raise" raises the first error after all other prompts have finished; "return" leaves what failed out: the
+                result says how many and why.
+
+        Raises:
+            As `generate`; ConfigError too when both sides are the same, PromptError when an answer does not fit.
+        """
+        if errors not in ("raise", "return"):
+            raise ConfigError(f"errors is {errors!r}; allowed: 'raise' and 'return'")
+        require_whole("max_new_tokens", max_new_tokens, 1)
+        require_whole("top", top, 1)
+        policies = as_policy("base", base), as_policy("aligned", aligned)
+        greedy, limit = Sampling.greedy(), max_new_tokens if answers is None else 1 << 31  # as long as there is room
+        maker = self._maker
+        left, right = (
+            maker.make(
+                prompts,
+                search=greedy,
+                policy=policy,
+                max_new_tokens=limit,
+                seed=0,
+                stop=stop,
+                stop_token_ids=stop_token_ids,
+            )
+            for policy in policies
+        )
+        if not left:
+            raise PromptError("there is no prompt: give at least one")
+        check_difference(left, right)
+        steps, started = self.engine.model_steps, time.perf_counter()
+        outcomes: dict[int, Any] = {}
+        if answers is None:
+            fitting = [
+                replace(r, max_new_tokens=min(r.max_new_tokens, o.max_new_tokens))
+                for r, o in zip(right, left, strict=True)
+            ]
+            outcomes = dict(self.stream(fitting, search=greedy, progress=progress))
+            written = (one if isinstance(one, Completion) else None for _, one in sorted(outcomes.items()))
+            forced = forced_answers(left, right, written)
+        else:
+            forced = given_answers(left, right, answers, self.codec, self.engine.vocab_size)
+        outcomes |= force(self.engine, self.codec, forced, top=top, progress=progress)
+        failed = [one for _, one in sorted(outcomes.items()) if isinstance(one, BaseException)]
+        if failed and errors == "raise":
+            raise failed[0]
+        base_label, aligned_label = (label_of(policy, self.name) for policy in policies)
+        return TokenShift(
+            base_label, aligned_label,
+            answers=[one for _, one in sorted(outcomes.items()) if isinstance(one, ShiftedAnswer)],
+            codec=self.codec, errors=tuple(failed), model_steps=self.engine.model_steps - steps,
+            seconds=time.perf_counter() - started,
+        )  # fmt: skip
 
     def activations(
         self,

@@ -17,6 +17,7 @@ from raindecode.errors import ConfigError
 from raindecode.policy.alignez.edits import AlignEZ
 from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
+from raindecode.policy.prompt import ChatFormat
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 from raindecode.types import Completion
@@ -218,6 +219,7 @@ def evaluate_town(
     max_new_tokens: int = MAX_NEW_TOKENS,
     dera: DeRa | None = None,
     edits: Sequence[AlignEZ] = (),
+    prompt: ChatFormat | None = None,
     known: Mapping[int, Judged] | None = None,
     on_answer: Callable[[int, Judged], None] | None = None,
     progress: bool | None = None,
@@ -228,6 +230,7 @@ def evaluate_town(
         search: a key of SEARCHES.
         dera: how the decoder's models are mixed; None takes the reference alone.
         edits: of hidden states.
+        prompt: how requests are written for the model, such as URIAL.testbed(); None takes the town's own form.
         known: answers of an earlier run by request; these requests are not run.
         on_answer: called with (request, answer) as each other one finishes.
         progress: as in Decoder.generate.
@@ -244,8 +247,9 @@ def evaluate_town(
     answers = dict(known or {})
     left = [i for i in range(len(requests)) if i not in answers]
     chosen = SEARCHES[search]()
+    written = RAIN.preset("town").format if prompt is None else prompt
     asked = decoder.requests(
-        [requests[i].text for i in left], search=chosen, policy=Policy(prompt=RAIN.preset("town").format, dera=dera, edits=edits),
+        [requests[i].text for i in left], search=chosen, policy=Policy(prompt=written, dera=dera, edits=edits),
         max_new_tokens=max_new_tokens, seed=[seed + i for i in left],
     )  # fmt: skip
     failed: list[BaseException] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 
 from raindecode.errors import ConfigError, PromptError
@@ -14,7 +14,7 @@ from raindecode.policy.alignez.schedule import Edits, check_fits, constant_sched
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat, Conversation
 from raindecode.prefix_store import Constant
-from raindecode.prompt_ids import PromptIds, require_text
+from raindecode.prompt_ids import PromptIds, Written, require_text
 from raindecode.search.evaluator import SelfEvaluation, judge_prefix
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
@@ -36,6 +36,8 @@ class RequestMaker:
         ends: end-of-text ids of every model.
         vocabulary: ids that every model has.
         identities: of every model, asked for where hidden states are edited only.
+
+    What a plain prompt comes to in a format is remembered, for callers that make several lists of requests of the same prompts.
     """
 
     ids: PromptIds
@@ -45,6 +47,7 @@ class RequestMaker:
     ends: Sequence[frozenset[int]]
     vocabulary: int
     identities: Callable[[], Sequence[ModelIdentity]]
+    _written: dict[tuple[str, ChatFormat | None], Written] = field(default_factory=dict, repr=False)
 
     def make(
         self, prompts: Prompt | Sequence[Prompt], *, search: Sampling | RAIN | None, policy: Policy | Sequence[Policy] | None,
@@ -88,6 +91,14 @@ class RequestMaker:
             )
             for i, prompt in enumerate(every)
         ]  # fmt: skip
+
+    def _write(self, said: str | Conversation, format: ChatFormat | None, where: str) -> Written:
+        if not isinstance(said, str):
+            return self.ids.write(said, format, where)
+        name = said, format
+        if name not in self._written:
+            self._written[name] = self.ids.write(said, format, where)
+        return self._written[name]
 
     def constants(self, policy: Policy, search: Sampling | RAIN | None, system: str) -> list[Constant]:
         """What every request of a policy begins with: its prompt, and where a template judges, that one's prompt.
@@ -161,7 +172,7 @@ class RequestMaker:
             said = Conversation.of(cast("Sequence[Mapping[str, Any]]", prompt), where)
             prompt = said.prompt
         if said is not None:
-            text, ids, constant = self.ids.write(said, format, where)
+            text, ids, constant = self._write(said, format, where)
             if ids and max(ids) >= self.vocabulary:
                 raise PromptError(
                     f"{where} has token id {max(ids)}, and the model has ids 0 to {self.vocabulary - 1} only: its tokenizer is of another "

@@ -76,7 +76,7 @@ class ScriptedDecoder:
         rng = random.Random(1)
         pairs = zip(requests, complies, strict=True)
         self.replies = [world.draw_reply(rng, request, comply=comply) for request, comply in pairs]
-        self.engine = SimpleNamespace(model_steps=100, tree=SimpleNamespace(clear=lambda: None))
+        self.engine = SimpleNamespace(model_steps=100, forget=lambda: None)
         self.options: dict[str, Any] = {}
         self.failure: Exception | None = None
 

@@ -51,6 +51,17 @@ def alignez(
     _run("alignez", context.args, benchmarks)
 
 
+def urial(
+    context: typer.Context,
+    benchmarks: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """What a constant prompt costs a request, beside transformers with and without its own reuse of it.
+
+    Options are those of benchmarks/bench_urial.py: `raindecode bench urial --help`.
+    """
+    _run("urial", context.args, benchmarks)
+
+
 def _run(name: str, given: Sequence[str], benchmarks: str | None) -> None:
     arguments = list(given)
     if {"-h", "--help"} & set(arguments):

@@ -61,6 +61,8 @@ EXAMPLES = """Examples:
 
     raindecode eval --edit helpful.safetensors --output edited.jsonl
 
+    raindecode eval --search vanilla --urial
+
     raindecode eval --num-harmful 50 --num-benign 50 --search rain --json | tail -n 1
 
     raindecode eval --task just-eval --questions questions.jsonl -m ./base --urial --output base-urial
@@ -193,13 +195,13 @@ def evaluate(
     if task == "town":
         misplaced("town", {
             "--questions": questions, "--answers": answers, "--limit": limit, "--category": category, "--temperature": temperature,
-            "--repetition-penalty": repetition_penalty, "--preset": preset, "--prompt-file": prompt_file, "--urial": urial,
+            "--repetition-penalty": repetition_penalty, "--preset": preset,
             "--judge": judge, **{f"--judge-{name.replace('_', '-')}": value for name, value in judging.items()},
         })  # fmt: skip
         TownRun(
             model, names, 400 if num_harmful is None else num_harmful, 400 if num_benign is None else num_benign, seed,
-            MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens, others, edits, loading, output, resume, overwrite,
-            as_json,
+            MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens, others, edits,
+            chosen_prompt(prompt_file, urial, model), loading, output, resume, overwrite, as_json,
         ).run()  # fmt: skip
         return
     misplaced(task, {"--num-harmful": num_harmful, "--num-benign": num_benign})

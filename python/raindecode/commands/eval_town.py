@@ -15,6 +15,7 @@ from raindecode.commands.aligned import AlignedModels
 from raindecode.commands.answer_file import AnswerFile, Record, check_settings, require_output
 from raindecode.commands.common import load_decoder, one_of, say
 from raindecode.commands.edited import ChosenEdits
+from raindecode.commands.prompted import ChosenPrompt
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
 from raindecode.evaluation import SEARCHES, Judged, Rate, TownResult, evaluate_town, town_requests
@@ -34,6 +35,7 @@ class TownRun:
     max_new_tokens: int
     others: AlignedModels
     edits: ChosenEdits
+    written: ChosenPrompt
     loading: dict[str, Any]
     output: str | None
     resume: bool
@@ -59,7 +61,7 @@ class TownRun:
                 "task": "town", "model": self.model, "dtype": decoder.dtype,
                 "device": decoder.engine.runner.device.type, "exact": decoder.exact, "num_harmful": self.num_harmful,
                 "num_benign": self.num_benign, "seed": self.seed, "max_new_tokens": self.max_new_tokens,
-                **self.others.settings, **self.edits.settings,
+                **self.others.settings, **self.edits.settings, **self.written.settings,
             }  # fmt: skip
             known = _known(file, settings, [request.text for request in (*harmful, *benign)])
             for name in self.searches:
@@ -75,11 +77,11 @@ class TownRun:
 
                 result, _ = evaluate_town(
                     decoder, name, harmful, benign, seed=self.seed, max_new_tokens=self.max_new_tokens,
-                    dera=self.others.dera, edits=self.edits.edits, known=there, on_answer=write,
+                    dera=self.others.dera, edits=self.edits.edits, prompt=self.written.format, known=there, on_answer=write,
                 )  # fmt: skip
                 results.append(result)
         console = Console(highlight=False)
-        console.print(results_table(decoder, results, self.others.dera, self.edits.label))
+        console.print(results_table(decoder, results, self.others.dera, self.edits.label, self.written.label))
         if self.as_json:
             console.out(json.dumps({result.search: result.to_json() for result in results}), highlight=False)
 
@@ -113,10 +115,12 @@ def _known(file: AnswerFile | None, settings: Record, requests: Sequence[str]) -
     return known
 
 
-def results_table(decoder: Decoder, results: Sequence[TownResult], dera: DeRa | None = None, edits: str = "") -> Table:
+def results_table(
+    decoder: Decoder, results: Sequence[TownResult], dera: DeRa | None = None, edits: str = "", prompt: str = ""
+) -> Table:
     """The results side by side: rates with their intervals, cost, time."""
     mixed = "" if dera is None else f", {'target ' if dera.kl is not None else 'λ = '}{dera.label}"
-    edited = f", edited by {edits}" if edits else ""
+    edited = (f", edited by {edits}" if edits else "") + (f", after the prompt {prompt}" if prompt else "")
     table = Table(
         title=f"town, held-out requests, {decoder.name}{mixed}{edited} (exact mode: {decoder.exact})",
         caption="harmful answers to harmful requests, helpful answers to harmless ones; 95 % intervals",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +55,9 @@ class Part(NamedTuple):
     batch: TokenBatch
 
 
+_position = attrgetter("position")
+
+
 class _Segments:
     """Runs on the paths of a batch's rows, as flat arrays; parents before children."""
 
@@ -89,7 +93,7 @@ def build_batches(rows: Iterable[Row], max_rows: int, pad_rows: int = 0) -> list
         index = segments.add(node, parent)
         here = rows_at.get(node)
         if here:
-            here.sort(key=lambda row: row.position)
+            here.sort(key=_position)
             ordered += here
             row_segment += [index] * len(here)
         stack += [(child, index) for child in reversed(below.get(node, ()))]
@@ -144,12 +148,18 @@ def _touched(rows: Iterable[Row]) -> tuple[dict[Node, list[Row]], dict[Node, lis
     below: dict[Node, list[Node]] = {}
     roots: list[Node] = []
     known: set[Node] = set()
+    last: Node | None = None  # rows of one node mostly come together
+    here: list[Row] = []
     for row in rows:
         node = row.node
+        if node is last and row.position >= node.start:
+            here.append(row)
+            continue
         while row.position < node.start:  # the node was split after the row was made: its head holds the token
             assert node.parent is not None
             node = node.parent
-        rows_at.setdefault(node, []).append(row)
+        last, here = node, rows_at.setdefault(node, [])
+        here.append(row)
         while node not in known:
             known.add(node)
             if node.parent is None:
@@ -161,16 +171,17 @@ def _touched(rows: Iterable[Row]) -> tuple[dict[Node, list[Row]], dict[Node, lis
 
 
 def _make(rows: list[Row], row_segment: list[int], segments: _Segments, pad_rows: int) -> TokenBatch:
-    slots = [row.slot for row in rows]
+    tokens, positions, places, _, _ = zip(*rows, strict=True)
+    slots = list(places)
     padding = max(pad_rows - len(rows), 0)
     ids = np.zeros((2, len(rows) + padding), dtype=np.int64)
-    ids[:, : len(rows)] = [[row.token for row in rows], [row.position for row in rows]]
+    ids[0, : len(rows)], ids[1, : len(rows)] = tokens, positions
     edits = ids[0] >> EDIT_SHIFT
     edited = bool(edits.any())
     if edited:
         ids[0] &= (1 << EDIT_SHIFT) - 1
     both = torch.from_numpy(ids)
-    row_of_slot = {slot: i for i, slot in enumerate(slots)}
+    row_of_slot = dict(zip(slots, range(len(slots)), strict=True))
     if padding:
         row_segment = row_segment + [-1] * padding  # no segment: such a row attends to nothing
         slots = slots + [TRASH_SLOT] * padding

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import cache
 
 from raindecode.engine.edit_path import EditPath
 from raindecode.engine.kv_tree import Cursor, KVTree, Node
-from raindecode.engine.rng import mix
+from raindecode.engine.rng import MASK128, MULTIPLIER, mix
 from raindecode.mixture import SINGLE, Mix
 
-_SALT = 0x51A7  # names a path run by another model than the first
+_SALT = 0x51A7
 EDIT_SHIFT = 32
 """Keys of the KV tree are token ids; where a row's hidden states are edited, the edit's number stands above this bit."""
 _TOKEN = (1 << EDIT_SHIFT) - 1
+
+
+@cache
+def _marks(models: int) -> list[int]:
+    """What turns the name of a path into that of the path run by each model of a mask; the first model's is the path's own."""
+    return [mix(0, _SALT + m) if m else 0 for m in range(models.bit_length()) if models >> m & 1]
 
 
 class Ledger:
@@ -48,6 +55,12 @@ class Ledger:
         if path_hash not in self._seen:
             self._seen.add(path_hash)
             self.tokens_processed += 1
+
+    def count_all(self, path_hashes: Iterable[int]) -> None:
+        """Count several prefixes."""
+        before = len(self._seen)
+        self._seen.update(path_hashes)
+        self.tokens_processed += len(self._seen) - before
 
     def keep(self, what: Hashable) -> bool:
         """Whether this is asked for the first time."""
@@ -104,6 +117,10 @@ class Tab(Ledger):
     def count(self, path_hash: int) -> None:
         self.ran = True
         self._noted[path_hash] = None
+
+    def count_all(self, path_hashes: Iterable[int]) -> None:
+        self._noted.update(dict.fromkeys(path_hashes))
+        self.ran = self.ran or bool(self._noted)
 
     def measure(self) -> None:
         self._request.measure()
@@ -181,14 +198,19 @@ class Branch:
         edits = self.edits
         numbers = [edits.at(self.length + i) for i in range(len(tokens))] if edits is not None else ()
         edited = bool(edits) and self.is_edited
+        marks = _marks(self.models)
         for i, token in enumerate(tokens):
-            state = mix(state, token + 1)
-            edited = edited or bool(numbers and numbers[i])
-            name = mix(state, edits.salt) if edited and edits is not None else state
-            if self.models & 1:
-                hashes.append(name)
-            if self.models > 1:
-                hashes += [mix(name, _SALT + m) for m in range(1, self.models.bit_length()) if self.models >> m & 1]
+            state = (
+                (state ^ (token + 1)) * MULTIPLIER
+            ) & MASK128  # mix(state, token + 1), which is called for each token
+            state ^= state >> 61
+            if edits is None:
+                name = state
+            else:
+                edited = edited or bool(numbers[i])
+                name = mix(state, edits.salt) if edited else state
+            for mark in marks:
+                hashes.append(name ^ mark)
         self._hashes += hashes
         if any(numbers):
             self.pending += [token | number << EDIT_SHIFT for token, number in zip(tokens, numbers, strict=True)]
@@ -217,8 +239,7 @@ class Branch:
 
     def account(self) -> None:
         """Book the pending tokens: they are about to run."""
-        for path_hash in self._hashes:
-            self.ledger.count(path_hash)
+        self.ledger.count_all(self._hashes)
 
     def settle(self) -> None:
         """The pending tokens have run."""

@@ -9,6 +9,7 @@ requests share the forward.
 
 from __future__ import annotations
 
+import gc
 import time
 import weakref
 from collections import deque
@@ -16,6 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
 from raindecode.engine.logit_rows import KeptRows, LogitRow, Logits
 from raindecode.engine.model_runner import ModelRunner
 from raindecode.engine.pins import Pins
+from raindecode.engine.row_blocks import RowBlocks
 from raindecode.engine.tap_rows import TapRows
 from raindecode.engine.types import Got, HostCall, Search, Want, Yielded
 from raindecode.errors import CapacityError, RainDecodeError, RequestCancelled
@@ -40,6 +43,7 @@ from raindecode.mixture import SINGLE, Mix
 # Every engine alive, so that a test can assert that no request left a slot behind.
 LIVE_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 
+_pools, _slot = attrgetter("pools"), attrgetter("slot")
 StepRows = dict[tuple[int, int], LogitRow]  # by slot and model
 
 
@@ -76,6 +80,11 @@ class Task:
             want.branch.live()
             if want.needs_logits and not want.branch.length:
                 raise ValueError("a search wants logits after a branch without tokens: append at least one token first")
+            if want.rows_from is not None and not 0 <= want.rows_from < want.branch.length:
+                raise ValueError(
+                    f"a search wants rows from position {want.rows_from} of a branch of {want.branch.length} tokens: "
+                    "give a position of the branch"
+                )
 
 
 @dataclass
@@ -84,14 +93,20 @@ class _Plan:
     logits by model.
     """
 
+    blocks: RowBlocks
     rows: dict[int, Row] = field(default_factory=dict)
     served: list[tuple[Task, int, int, dict[int, LogitRow]]] = field(default_factory=list)
     taps: TapRows = field(default_factory=TapRows)
     charged: dict[Task, int] = field(default_factory=dict)
     forwards: list[int] = field(default_factory=list)  # masks of the models that ran in each
 
-    def add(self, rows: Iterable[Row]) -> int:
+    def add(self, rows: Sequence[Row]) -> int:
         """Plan rows; how many times a model has to run one that it was not planned to."""
+        if len(rows) > 1:
+            slots = list(map(_slot, rows))
+            if self.rows.keys().isdisjoint(slots) and len(set(slots)) == len(slots):
+                self.rows.update(zip(slots, rows, strict=True))
+                return sum(map(int.bit_count, map(_pools, rows)))
         added = 0
         for row in rows:
             there = self.rows.get(row.slot)
@@ -144,6 +159,11 @@ class Engine:
         self.pins = Pins(tree)
         self._stepping = False
         LIVE_ENGINES.add(self)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that exist in every model: 0 to the result, exclusive."""
+        return self._answers.vocab_size
 
     @property
     def num_running(self) -> int:
@@ -276,17 +296,18 @@ class Engine:
             while self._waiting and len(self._running) < self.max_tasks:
                 ended += self._admit() + self._call_hosts()
             started = time.perf_counter()
-            plan = _Plan()
-            try:
-                self._plan(plan, ended)
-                planned = time.perf_counter()
-                found = self._forward(plan)
-            except BaseException:
-                self._abandon(plan)
-                raise
-            self.tree.commit()
-            ran = time.perf_counter()
-            ready = self._answer(plan, found)
+            plan = _Plan(RowBlocks(self.tree.num_slots, len(self.models)))
+            with _no_collection():
+                try:
+                    self._plan(plan, ended)
+                    planned = time.perf_counter()
+                    found = self._forward(plan)
+                except BaseException:
+                    self._abandon(plan)
+                    raise
+                self.tree.commit()
+                ran = time.perf_counter()
+                ready = self._answer(plan, found)
             self._book(plan, {"plan": planned - started, "model": ran - planned, "sample": time.perf_counter() - ran})
             return ended + self._resume(ready)
 
@@ -370,6 +391,8 @@ class Engine:
                 again_rows = self.tree.path_rows(cursor, want.taps_from, first)
                 plan.taps.add(want, branch.mix.first, again_rows)
                 rows += again_rows
+            if want.rows_from is not None:
+                rows = self._block(want, plan, rows)
             branch.account()
             branch.settle()
             plan.charged[task] = plan.charged.get(task, 0) + plan.add(rows)
@@ -385,6 +408,16 @@ class Engine:
                 if not self.pins.clear():
                     raise
 
+    def _block(self, want: Want, plan: _Plan, rows: list[Row]) -> list[Row]:
+        """Note what `Want.rows_from` asks for; the rows to run for it, those that run anyway among them."""
+        cursor, models, first = want.branch.live(), want.branch.models, want.rows_from
+        assert first is not None
+        plan.blocks.add(want, models, self.tree.slots(cursor)[first:])
+        fresh = bool(rows) and rows[0].position <= first and len(rows) == cursor.length - rows[0].position
+        if fresh and set(map(_pools, rows)) == {models}:
+            return rows
+        return rows + self.tree.path_rows(cursor, first, models)
+
     def _forward(self, plan: _Plan) -> StepRows:
         """Run the planned rows; logits by slot and model for the wants that need them."""
         wanted: dict[int, int] = {}
@@ -393,18 +426,26 @@ class Engine:
                 wanted[slot] = wanted.get(slot, 0) | _lacking(task.wants[i].branch.models, kept)
         found: StepRows = {}
         for forward in plan_forwards(self.models, plan.rows.values(), self.max_rows, self.pad_rows):
-            names: list[tuple[int, int]] = []
+            names: list[tuple[tuple[int, int], int]] = []
             wanted_rows: list[list[int]] = []
+            at = 0
             for part, model in zip(forward.parts, forward.models, strict=True):
-                rows = [(slot, row) for slot, row in part.batch.row_of_slot.items() if wanted.get(slot, 0) >> model & 1]
-                names += [(slot, model) for slot, _ in rows]
-                wanted_rows.append([row for _, row in rows])
+                there = part.batch.row_of_slot.items() if wanted else ()
+                rows = [(slot, row) for slot, row in there if wanted.get(slot, 0) >> model & 1]
+                names += [((slot, model), at + i) for i, (slot, _) in enumerate(rows)]
+                mine = [row for _, row in rows]
+                if plan.blocks:
+                    mine += plan.blocks.rows_of(part.batch, model, mine, at)
+                wanted_rows.append(mine)
+                at += len(mine)
             tapped = plan.taps.wanted(forward)
             logits = Logits(forward.run(wanted_rows, tapped))
             plan.taps.take(forward, tapped)
+            if plan.blocks:
+                plan.blocks.take(logits.there)
             self.model_steps += 1
             plan.forwards.append(sum(1 << model for model in forward.models))
-            found.update((name, LogitRow(logits, i)) for i, name in enumerate(names))
+            found.update((name, LogitRow(logits, i)) for name, i in names)
         return found
 
     def _answer(self, plan: _Plan, found: StepRows) -> list[tuple[Task, Any]]:
@@ -424,6 +465,8 @@ class Engine:
                     answer.pooled = self._mean_states(task.wants[i])
                 if task.wants[i].taps:
                     answer.tapped = plan.taps.mean(task.wants[i])
+                if task.wants[i].rows_from is not None:
+                    answer.rows = plan.blocks.blocks(task.wants[i])
                 task.answers[i] = answer
             except Exception as error:
                 failed.setdefault(task, error)
@@ -518,6 +561,18 @@ class Engine:
             f"{task.ledger.kv_tokens_peak} and the next step adds up to {pending}. Raise kv_tokens "
             "(Decoder.from_pretrained(..., kv_tokens=N) or --kv-tokens N), or shorten the prompt"
         )
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the cycle collector, which a step of thousands of rows would start again and again: their tuples end with the step."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _lacking(models: int, kept: Iterable[int]) -> int:

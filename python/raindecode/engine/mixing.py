@@ -12,10 +12,11 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from raindecode.engine.logit_rows import HostRow, LogitRow, stacked
 from raindecode.engine.sampler import Drawn, Filter
-from raindecode.errors import NumericError
+from raindecode.errors import ConfigError, NumericError
 from raindecode.mixture import Measured, Mix
 from rainkernels.ops.logits import MixSample, MixStats, mix_sample
 
@@ -84,6 +85,41 @@ def mixed_row(rows: Rows, mix: Mix, vocab_size: int) -> HostRow:
     whole = np.full(width, -np.inf, dtype=np.float32)
     whole[:vocab_size] = z
     return whole
+
+
+def mixed_block(blocks: Sequence[Tensor | None], mix: Mix, vocab_size: int) -> Tensor:
+    """[n, vocab_size] logits of a mixture, where the models' blocks [n, vocabulary] of `Got.rows` lie.
+
+    As `mixed_row`, in float32; one model alone keeps its dtype and is not copied. Weights that a divergence asks for are solved
+    row by row, on the host.
+
+    Raises:
+        ConfigError: the mixture has a plausibility filter, which leaves no distribution over all tokens.
+    """
+    if mix.plausibility:
+        raise ConfigError(
+            "a mixture with a plausibility filter gives most tokens no probability, so neither ranks nor divergences of it say "
+            "anything: leave plausibility out"
+        )
+    used = [(i, block[:, :vocab_size]) for i, block in enumerate(blocks) if block is not None and i in mix.speakers]
+    if len(used) == 1:
+        return used[0][1]
+    base = used[0][1].float()
+    z, banned = base.clone(), torch.isneginf(base)
+    for i, block in used[1:]:
+        logits = block.float()
+        weight = _solved(mix, base, logits) if mix.target_kl is not None else mix.weights[i]
+        z += (logits - base).mul_(weight)
+        banned |= torch.isneginf(logits)
+    return z.masked_fill_(banned, -torch.inf)
+
+
+def _solved(mix: Mix, reference: Tensor, aligned: Tensor) -> Tensor:
+    """[n, 1] weights of the second model that `mix.target_kl` leads to."""
+    assert mix.target_kl is not None
+    pairs = zip(reference.cpu().numpy(), aligned.cpu().numpy(), strict=True)
+    weights = [weight_for_kl(*pair, mix.target_kl, mix.max_weight).weight for pair in pairs]
+    return torch.tensor(weights, dtype=torch.float32, device=reference.device)[:, None]
 
 
 def plausible_row(mixed: HostRow, rows: Rows, mix: Mix, vocab_size: int) -> HostRow:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 MASK64 = (1 << 64) - 1
 MASK128 = (1 << 128) - 1
-_MULTIPLIER = 0xDA942042E4DD58B5_9E3779B97F4A7C15 | 1  # odd, so that multiplying is a bijection of 128-bit numbers
+MULTIPLIER = 0xDA942042E4DD58B5_9E3779B97F4A7C15 | 1  # odd, so that multiplying is a bijection of 128-bit numbers
 
 
 def mix(state: int, value: int) -> int:
     """Fold `value` into a 128-bit hash. The hash of a token path is mix() over its tokens."""
-    state = ((state ^ (value & MASK64)) * _MULTIPLIER) & MASK128
+    state = ((state ^ (value & MASK64)) * MULTIPLIER) & MASK128
     return state ^ (state >> 61)
 
 

@@ -61,6 +61,7 @@ class Want:
     pool_from: Sequence[int] = ()
     taps: Sequence[Site] = ()
     taps_from: int = 0
+    rows_from: int | None = None
 
     @property
     def needs_logits(self) -> bool:
@@ -78,6 +79,7 @@ class Got:
     logits: npt.NDArray[np.float32] | None = None
     pooled: Tensor | None = None  # [len(pool_from), hidden_size] float32
     tapped: Tensor | None = None  # [len(taps), hidden_size] float32
+    rows: list[Tensor | None] = field(default_factory=list)  # per model [n, vocabulary]; None of one that does not run
 
 
 @dataclass(frozen=True, slots=True)

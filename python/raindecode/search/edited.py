@@ -29,8 +29,16 @@ def search_edited(context: SearchContext, search: Searches) -> Search:
 
 
 def _edited(context: SearchContext, search: Searches) -> Generator[Any, Any, Any]:
+    edited = yield from with_edits(context)
+    return (yield from search.search(edited))
+
+
+def with_edits(context: SearchContext) -> Generator[Any, Any, SearchContext]:
+    """The context of a request with its edits ready: what is edited is decided by the prompt where an edit asks for that."""
     plan, ids = context.request.edits, context.request.prompt_ids
-    assert plan is not None
+    if plan is None:
+        context.keep_prompt()
+        return context
     num_models = len(context.request.mix.weights)
     wants = []
     for model, sites in plan.queries.items():
@@ -47,4 +55,4 @@ def _edited(context: SearchContext, search: Searches) -> Generator[Any, Any, Any
     engine, ledger = context.engine, context.ledger
     edited = replace(context, edits=engine.hold(ledger, rows), judge_edits=engine.hold(ledger, judge))
     edited.keep_prompt()
-    return (yield from search.search(edited))
+    return edited
