@@ -102,7 +102,7 @@ def read_prefixes(path: str | Path, expected: Sequence[PrefixRecord]) -> list[Pr
         sums = json.loads(metadata["crc32"])
         _compare_records(name, described, tensors, expected)
         wrong = sorted(key for key, value in _checksums(tensors).items() if sums.get(key) != value)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, PrefixFileError):
             raise
         raise PrefixFileError(f"{name!r} is damaged: its metadata could not be read ({error!r}); {_AGAIN}") from error

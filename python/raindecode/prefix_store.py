@@ -92,9 +92,7 @@ class PrefixStore:
         """
         self._check(constants)
         records = read_prefixes(path, [self._record(constant) for constant in constants])
-        self._run(
-            replace(constant, ids=constant.ids[:1]) for constant in constants
-        )  # K/V pools are made by a first forward
+        self._run(replace(constant, ids=constant.ids[:1]) for constant in constants if not self._has_pools(constant))
         for constant, record in zip(constants, records, strict=True):
             self._put(constant, record.tensors, str(path))
         return sum(len(constant.ids) for constant in constants)
@@ -131,6 +129,11 @@ class PrefixStore:
 
     def _runner(self, model: int) -> Any:
         return self._engine.models[model][0]
+
+    def _has_pools(self, constant: Constant) -> bool:
+        """Whether its models have K/V pools, which a first forward makes where they cannot be made without one."""
+        members = [self._engine.models[model] for model in _models(constant.mix)]
+        return all(runner.make_pools(member) for runner, member in members)
 
     def _path(self, constant: Constant) -> EditPath | None:
         return self._engine.edit_path(constant.schedule)
@@ -176,7 +179,12 @@ class PrefixStore:
             mine = {name.partition(".")[2]: t[which] for name, t in tensors.items() if name.startswith(f"{model}.")}
             runner.put_rows(torch.tensor(slots, dtype=torch.int64), mine, member)
 
-        engine.insert(keys, constant.mix.models, fill)
+        try:
+            engine.insert(keys, constant.mix.models, fill)
+        except ValueError as error:
+            raise PrefixFileError(
+                f"the K/V of {constant.what} in {path!r} do not fit this model ({error}): write it again (Decoder.save_prefix)"
+            ) from error
         slots = self._pinned(constant)
         if not self._is_reproduced(constant, tensors, slots[-1:]):
             engine.forget()

@@ -43,7 +43,7 @@ class PromptIds:
         """
         talk = Conversation(said) if isinstance(said, str) else said
         for one in (talk.prompt, talk.system, *(part for pair in talk.history for part in pair)):
-            _require_text(one, where)
+            require_text(one, where)
         if isinstance(said, str) and format is None:
             return Written(said, self.codec.encode(said), 0)
         text = self._text(talk, format, where)
@@ -84,7 +84,8 @@ class PromptIds:
         return text
 
 
-def _require_text(text: str, where: str) -> None:
+def require_text(text: str, where: str) -> None:
+    """Raise PromptError where a string is no text."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -14,7 +14,7 @@ from raindecode.policy.alignez.schedule import Edits, check_fits, constant_sched
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat, Conversation
 from raindecode.prefix_store import Constant
-from raindecode.prompt_ids import PromptIds, Written
+from raindecode.prompt_ids import PromptIds, Written, require_text
 from raindecode.search.evaluator import SelfEvaluation, judge_prefix
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
@@ -62,8 +62,7 @@ class RequestMaker:
             raise PromptError(
                 f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, a list of chat messages, or a list of these"
             )
-        if search is not None and not isinstance(search, (Sampling, RAIN)):
-            raise ConfigError(f"search is a {type(search).__name__}; give Sampling() or RAIN")
+        _require_search(search)
         require_whole("max_new_tokens", max_new_tokens, 1)
         stop_ids = self._known_ids("stop_token_ids", as_token_ids("stop_token_ids", stop_token_ids))
         if isinstance(search, Sampling):
@@ -106,7 +105,12 @@ class RequestMaker:
 
         Raises:
             ConfigError: as `make`, or edits are decided prompt by prompt.
+            PromptError: the system text is none.
         """
+        _require_search(search)
+        if not isinstance(system, str) or (system and not system.strip()):
+            raise PromptError(f'system is {system!r:.80}; give a text that is not white space alone, or "" for none')
+        require_text(system, "system")
         format, mix = self._format(search, policy), self._mix(search, policy)
         self._edits(policy)
         assert isinstance(policy.edits, tuple)
@@ -199,6 +203,11 @@ class RequestMaker:
             str(prompt), text, ids, min(max_new_tokens, room), seed, stops + form.stop, stop_ids, mix, ends, edits, form.removed,
             constant,
         )  # fmt: skip
+
+
+def _require_search(search: object) -> None:
+    if search is not None and not isinstance(search, (Sampling, RAIN)):
+        raise ConfigError(f"search is a {type(search).__name__}; give Sampling() or RAIN")
 
 
 def _token_ids(prompt: object, where: str) -> list[int]:

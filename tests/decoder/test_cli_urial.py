@@ -138,3 +138,13 @@ def test_other_commands_take_no_conversations(capfd: pytest.CaptureFixture[str],
         main(["sweep", "--adapter", "testbed", "--lambdas", "0,1", "--file", str(talk)])
     assert ended.value.code == 2
     assert "holds conversations" in capfd.readouterr().err
+
+
+def test_a_prefix_cache_in_the_home_folder_is_found_again(
+    generate: Cli, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells leave the ~ of --prefix-cache=~/x to the program."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ("One", "--prompt-file", file, "--prefix-cache=~/prefix.safetensors", "--json")
+    assert "wrote the K/V" in generate(*words).err
+    assert "wrote the K/V" not in generate(*words).err

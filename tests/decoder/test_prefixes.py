@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import stat
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from raindecode import RAIN, ChatFormat, Completion, Decoder, DeRa, JudgeTemplat
 from raindecode.engine.pins import LEAST_PINNED
 from raindecode.errors import CapacityError, ConfigError, PrefixFileError, PromptError
 from raindecode.policy.alignez.edits import AlignEZ
+from raindecode.prefix_file import _checksums as checksums
 
 PREFIX = "the inner on a thing in the other " * 12
 FORM = ChatFormat("\n[{prompt}]", prefix=PREFIX, stop=("[",))
@@ -96,6 +98,22 @@ def test_it_is_given_up_before_a_request_fails_or_waits() -> None:
     assert len(decoder.engine.pins) == 0
 
 
+def test_it_is_given_up_before_a_request_waits_for_another() -> None:
+    prompts = [
+        [5 + i % 90 for i in range(290)],
+        [7 + i % 80 for i in range(290)],
+    ]  # both fit 700 slots, but not beside a prefix
+    steps = []
+    for before in ([], ["on a"]):
+        decoder = decoder_of(kv_tokens=700)
+        answers(decoder, before, policy=Policy(prompt=ChatFormat("[{prompt}]", prefix="on a " * 60)), max_new_tokens=1)
+        assert len(decoder.engine.pins) == len(before)
+        start = decoder.engine.model_steps
+        answers(decoder, prompts, policy=None, max_new_tokens=8)
+        steps.append(decoder.engine.model_steps - start)
+    assert steps[1] == steps[0]
+
+
 def test_prefixes_too_short_or_too_long_are_not_pinned() -> None:
     decoder = decoder_of(kv_tokens=700)
     answers(decoder, "on a", policy=Policy(prompt=ChatFormat("[{prompt}]", prefix="on " * 5)))
@@ -105,14 +123,26 @@ def test_prefixes_too_short_or_too_long_are_not_pinned() -> None:
 
 def test_the_least_recently_used_go_when_there_are_many() -> None:
     decoder = decoder_of(kv_tokens=1000)
-    forms = [Policy(prompt=ChatFormat("[{prompt}]", prefix=f"{i} " + "on " * 60)) for i in range(5)]
-    for policy in (*forms, forms[3]):
-        answers(decoder, "on a", policy=policy, max_new_tokens=1)
+    forms = [Policy(prompt=ChatFormat("[{prompt}]", prefix=f"{i} " + "on " * 70)) for i in range(4)]
+    for i in (0, 1, 2, 0, 3):
+        answers(decoder, "on a", policy=forms[i], max_new_tokens=1)
     pins = decoder.engine.pins
-    assert 1 < len(pins) < 5
+    assert len(pins) == 3
     assert pins.num_tokens <= pins.most == 500
-    (last,) = answers(decoder, "er", policy=forms[3], max_new_tokens=1)
-    assert last.stats.tokens_charged < 10
+    decoder.engine.tree.clear()  # what is pinned stays
+    for i, held in enumerate((True, False, True, True)):
+        constant = tuple(decoder.requests("x", policy=forms[i])[0].prompt_ids[: constant_of(decoder, forms[i])])
+        cursor = decoder.engine.tree.match(constant)
+        length = cursor.length
+        decoder.engine.tree.release(cursor)
+        assert (length == len(constant)) == held, i
+
+
+def test_a_pin_holds_nothing_behind_the_prefix() -> None:
+    decoder = decoder_of()
+    answers(decoder, "on a", max_new_tokens=8)
+    decoder.engine.tree.clear()
+    assert decoder.engine.tree.num_used == constant_of(decoder)
 
 
 def test_the_judges_prompt_is_pinned_and_verdicts_do_not_change() -> None:
@@ -139,6 +169,32 @@ def test_a_system_text_is_part_of_the_constant() -> None:
     assert done.stats.tokens_charged == len(decoder.requests([talk("er")], policy=PLAIN)[0].prompt_ids) - constant
 
 
+def test_every_system_text_has_its_own_constant() -> None:
+    decoder = decoder_of()
+
+    def constant(system: str) -> int:
+        talk = [{"role": "system", "content": system}, {"role": "user", "content": "x"}]
+        return decoder.requests([talk], policy=PLAIN)[0].constant
+
+    texts = ("in a row", "one after the other")
+    plain = constant_of(decoder)
+    assert [constant(text) for text in texts] == [
+        len(decoder.codec.encode(FORM.prefix + text + "\n\n\n[")) for text in texts
+    ]
+    assert constant_of(decoder) == plain < constant(texts[0])
+
+
+def test_a_token_that_spans_the_seam_is_the_querys() -> None:
+    policy = Policy(prompt=ChatFormat("i{prompt}]", prefix=PREFIX))  # "i" and "n" are one token
+    decoder = decoder_of()
+    apart, merged = decoder.requests(["on a", "n a"], policy=policy)
+    assert merged.constant == apart.constant - 1
+    assert merged.prompt_ids[: merged.constant] == apart.prompt_ids[: merged.constant]
+    assert merged.prompt_ids[merged.constant] != apart.prompt_ids[merged.constant]
+    answers(decoder, "on a", policy=policy)
+    assert told(answers(decoder, "n a", policy=policy)) == told(answers(decoder_of(), "n a", policy=policy))
+
+
 def test_models_and_edits_keep_their_prefixes_apart(tmp_path: Path) -> None:
     model = reference_model()
     decoder = decoder_of(model, adapters=[write_adapter(tmp_path / "a", model)])
@@ -152,6 +208,8 @@ def test_models_and_edits_keep_their_prefixes_apart(tmp_path: Path) -> None:
         assert done.stats.tokens_charged == models * own
         fresh = decoder_of(adapters=[str(tmp_path / "a")])
         assert told([done]) == told(answers(fresh, query, policy=policy, max_new_tokens=1))
+        assert len(fresh.engine.pins) == 1
+    assert len(decoder.engine.pins) == 3
 
 
 def test_a_failed_or_cancelled_request_pins_what_it_ran_or_nothing() -> None:
@@ -200,6 +258,14 @@ def test_a_saved_prefix_gives_the_bits_of_a_computed_one(file: Path) -> None:
     plain = file.with_name("plain")
     plain.write_text("")
     assert mode == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_loading_takes_one_forward_of_one_row(file: Path) -> None:
+    """That of the check: pools whose form is known need none."""
+    decoder_of().save_prefix(file, policy=PLAIN)
+    taker = decoder_of()
+    taker.load_prefix(file, policy=PLAIN)
+    assert taker.engine.model_steps == 1
 
 
 def test_with_a_judges_prompt(file: Path) -> None:
@@ -297,7 +363,9 @@ def test_a_change_that_the_fingerprint_misses_is_noticed(file: Path) -> None:
     assert told(answers(other)) == told(answers(decoder_of(copy.deepcopy(model))))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "other", "text", "metadata", "sums", "rows", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "truncate", "other", "text", "metadata", "nested", "sums", "rows", "form", "empty"]
+)
 def test_damaged_files_are_refused(damage: str, file: Path) -> None:
     decoder = decoder_of()
     decoder.save_prefix(file, policy=PLAIN)
@@ -318,12 +386,19 @@ def test_damaged_files_are_refused(damage: str, file: Path) -> None:
         words = "no file of prompts' K/V"
     elif damage == "metadata":
         save_file(tensors, file, {**metadata, "prefixes": "[{]"})
+    elif damage == "nested":
+        save_file(tensors, file, {**metadata, "prefixes": "[" * 100_000})
+    elif damage == "form":  # another program's file, with sums that agree
+        tensors["0.0.1.k"] = tensors["0.0.1.k"].double()
+        save_file(tensors, file, {**metadata, "crc32": json.dumps(checksums(tensors))})
+        words = "do not fit this model"
     elif damage == "sums":
         save_file(tensors, file, {**metadata, "crc32": "{}"})
     elif damage == "rows":
         save_file({k: t[:-1].contiguous() if k.endswith("1.k") else t for k, t in tensors.items()}, file, metadata)
     else:
         file.write_bytes(data)
+    decoder.engine.forget()
     with pytest.raises(PrefixFileError, match=words):
         decoder.load_prefix(file, policy=PLAIN)
 
@@ -349,6 +424,17 @@ def test_what_cannot_be_saved_or_loaded(file: Path) -> None:
     later = AlignEZ(stages=stages, select="cosine", positions=Positions("last"))
     assert decoder.save_prefix(file, policy=Policy(prompt=FORM, edits=later)) == constant_of(decoder)
     assert decoder.load_prefix(file, policy=PLAIN) == constant_of(decoder)  # these edits leave the prefix alone
+
+
+def test_arguments_that_say_nothing_are_refused(file: Path) -> None:
+    decoder = decoder_of()
+    for call in (decoder.save_prefix, decoder.load_prefix):
+        with pytest.raises(ConfigError, match="search is a str"):
+            call(file, policy=PLAIN, search="rain")  # type: ignore[arg-type]
+        for system in (5, "  ", "\ud800"):
+            with pytest.raises(PromptError, match="system is"):
+                call(file, policy=PLAIN, system=system)  # type: ignore[arg-type]
+    assert not file.exists()
 
 
 def test_a_short_system_text_can_be_saved_too(file: Path) -> None:

@@ -310,6 +310,7 @@ def test_what_is_there_is_neither_overwritten_nor_mixed_up(cli: Cli, asked: list
     [
         ("answers", {"answer": None}, "line 2 of 'out/answers.jsonl' holds no answer"),
         ("answers", {"answer": {"tokens": 3}}, "holds no answer"),
+        ("answers", {"answer": {"text": "a", "tokens": "x"}}, "line 2 of 'out/answers.jsonl' holds no answer"),
         ("answers", {"turn": 2}, "is about id 1, turn 2, which the questions do not have there"),
         ("answers", {"index": 99}, "which the questions do not have there"),
         ("answers", {"index": True}, "which the questions do not have there"),

@@ -211,6 +211,14 @@ def test_a_judge_that_only_fails_is_not_asked_to_the_end(server: Callable[..., F
     assert len(fake.asked) < 60
 
 
+def test_failures_with_verdicts_between_them_end_nothing() -> None:
+    def score(asked: list[dict[str, Any]]) -> list[Any]:
+        return [ALL_GOOD if item["id"] % 8 == 7 else "no" for item in asked]
+
+    found = judge_all(CallableJudge(score), items(24), progress=False)
+    assert [isinstance(one, Verdict) for one in found] == [i % 8 == 7 for i in range(24)]
+
+
 # ---- what ends a run --------------------------------------------------------------------------------------------------
 def test_nobody_there_is_said_soon() -> None:
     with socket.socket() as taken:

@@ -16,6 +16,14 @@ from raindecode.judging.tasks import Question, Task
 from raindecode.judging.verdicts import Verdict, as_verdict
 
 _FIELDS = [field.name for field in fields(Answer)]
+_KINDS = {
+    "text": str,
+    "model_input": str | None,
+    "finish_reason": str,
+    "tokens": int | None,
+    "seed": int | None,
+    "time": int | float,
+}
 ANSWERS, VERDICTS, SUMMARY = "answers.jsonl", "verdicts.jsonl", "summary.json"
 
 
@@ -93,7 +101,7 @@ class EvalFolder:
                 )
             given = record.get("answer")
             known = {name: given[name] for name in _FIELDS if name in given} if isinstance(given, dict) else {}
-            if not isinstance(known.get("text"), str):
+            if "text" not in known or not all(isinstance(value, _KINDS[name]) for name, value in known.items()):
                 raise ConfigError(f"line {number} of {file.path!r} holds no answer: remove the line, or --overwrite")
             found[_new(found, place, file, number)] = Answer(**known)
         return found

@@ -94,7 +94,7 @@ def use_prefix_cache(decoder: Decoder, file: str, policy: Policy, search: Sampli
         PrefixFileError: it cannot be read or written, or belongs to another model or policy.
         ConfigError: nothing is constant.
     """
-    if Path(file).exists():
+    if Path(file).expanduser().exists():
         decoder.load_prefix(file, policy=policy, search=search)
     else:
         tokens = decoder.save_prefix(file, policy=policy, search=search)

@@ -358,8 +358,6 @@ class Engine:
                     break  # younger requests must not take the slots this one waits for
             if plan.served or not active:
                 return
-            if self.pins.clear():
-                continue
             if len(active) > 1:
                 self._pause(active[-1])
                 continue
@@ -385,7 +383,7 @@ class Engine:
                 tokens = [cursor.node.tokens[cursor.offset - 1]]
                 self.tree.rewind(cursor, 1)
             try:
-                rows = self.tree.extend(cursor, tokens, reserve=branch.reserve, pools=branch.models, last=again)
+                rows = self._extend(branch, tokens, again)
             except OutOfSlots:
                 return False
             if want.taps:
@@ -400,6 +398,15 @@ class Engine:
             plan.charged[task] = plan.charged.get(task, 0) + plan.add(rows)
             plan.served.append((task, i, cursor.node.slots[cursor.offset - 1] if cursor.length else -1, kept))
         return True
+
+    def _extend(self, branch: Branch, tokens: Sequence[int], again: int) -> list[Row]:
+        """Rows of a branch's next tokens. What is pinned goes before a request waits. Raises OutOfSlots."""
+        while True:
+            try:
+                return self.tree.extend(branch.live(), tokens, reserve=branch.reserve, pools=branch.models, last=again)
+            except OutOfSlots:
+                if not self.pins.clear():
+                    raise
 
     def _block(self, want: Want, plan: _Plan, rows: list[Row]) -> list[Row]:
         """Note what `Want.rows_from` asks for; the rows to run for it, those that run anyway among them."""
