@@ -151,7 +151,7 @@ def _forced(
     branches = _open(ready)
     mixes = [side.request.mix for side in ready]
     starts = [branch.length - 1 for branch in branches]  # the row behind the prompt speaks of the first token
-    tokens = torch.tensor(one.token_ids, dtype=torch.int32)
+    tokens = torch.from_numpy(np.array(one.token_ids, dtype=np.int32))
     parts: list[_Columns] = []
     for first in range(0, len(tokens), rows):
         last = min(first + rows, len(tokens))

@@ -194,29 +194,25 @@ class Branch:
 
         A name is the hash of the path, and where another model than the first runs it, one with the model mixed in.
         """
-        state, hashes = self.hash, []
+        state, names = self.hash, []
+        for token in tokens:  # mix(state, token + 1), written out: a call for each token is most of the time
+            state = ((state ^ (token + 1)) * MULTIPLIER) & MASK128
+            state ^= state >> 61
+            names.append(state)
+        self.hash = state
         edits = self.edits
         numbers = [edits.at(self.length + i) for i in range(len(tokens))] if edits is not None else ()
-        edited = bool(edits) and self.is_edited
+        if edits is not None:
+            known = self.is_edited
+            first = 0 if known else next((i for i, number in enumerate(numbers) if number), len(names))
+            names[first:] = [mix(name, edits.salt) for name in names[first:]]
         marks = _marks(self.models)
-        for i, token in enumerate(tokens):
-            state = (
-                (state ^ (token + 1)) * MULTIPLIER
-            ) & MASK128  # mix(state, token + 1), which is called for each token
-            state ^= state >> 61
-            if edits is None:
-                name = state
-            else:
-                edited = edited or bool(numbers[i])
-                name = mix(state, edits.salt) if edited else state
-            for mark in marks:
-                hashes.append(name ^ mark)
+        hashes = names if marks == [0] else [name ^ mark for name in names for mark in marks]
         self._hashes += hashes
         if any(numbers):
             self.pending += [token | number << EDIT_SHIFT for token, number in zip(tokens, numbers, strict=True)]
         else:
             self.pending.extend(tokens)
-        self.hash = state
         self.length += len(tokens)
         return hashes
 

@@ -81,6 +81,10 @@ class RowBlocks:
                 found.append(None)
                 continue
             mine = places[slots]
+            if mine[-1] - mine[0] == len(mine) - 1 and bool((mine[1:] > mine[:-1]).all()):
+                source, first = divmod(int(mine[0]), 1 << _SOURCE)
+                found.append(self._sources[source][first : first + len(mine)])
+                continue
             bounds = [0, *(np.flatnonzero(np.diff(mine) != 1) + 1).tolist(), len(mine)]
             parts = []
             for begin, end in pairwise(bounds):
