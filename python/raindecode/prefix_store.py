@@ -110,11 +110,13 @@ class PrefixStore:
                     f"{constant.what} has {len(constant.ids)} constant tokens, more than the model's context leaves for them ({room}): "
                     "use a shorter prompt"
                 )
-            if len(constant.ids) > self._engine.pins.most:
-                raise CapacityError(
-                    f"{constant.what} has {len(constant.ids)} constant tokens, and this KV pool keeps {self._engine.pins.most} at the "
-                    "most: raise kv_tokens (Decoder.from_pretrained(..., kv_tokens=N) or --kv-tokens N)"
-                )
+        total = sum(len(constant.ids) for constant in constants)
+        if total > self._engine.pins.most:
+            names = " and ".join(constant.what for constant in constants)
+            raise CapacityError(
+                f"{names} {'have' if len(constants) > 1 else 'has'} {total} constant tokens, and this KV pool keeps "
+                f"{self._engine.pins.most} at the most: raise kv_tokens (Decoder.from_pretrained(..., kv_tokens=N) or --kv-tokens N)"
+            )
 
     def _record(self, constant: Constant) -> PrefixRecord:
         identities = self._identities()

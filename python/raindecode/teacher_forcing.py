@@ -121,7 +121,7 @@ def _task(
 ) -> Task:  # fmt: skip
     ledger = Ledger()
     sides = [
-        SearchContext(engine, codec, ledger, replace(side, mix=_unmeasured(side.mix)))
+        SearchContext(engine, codec, ledger, replace(side, mix=_unmeasured(side.mix)) if side.mix.stats else side)
         for side in (one.base, one.aligned)
     ]
     return Task(_forced(one, sides, rows, measure, display.reporter(one.index)), ledger, tag=one.index)
@@ -290,12 +290,13 @@ def _largest(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _largest_few(rows: npt.NDArray[np.float32], count: int) -> tuple[Tensor, Tensor] | None:
     """The same by so many passes of numpy, which take a fraction of topk's time; None where a row has fewer finite logits."""
-    left = rows.copy() if count > 1 else rows
     each = np.arange(len(rows))
     values, ids = np.empty((len(rows), count), np.float32), np.empty((len(rows), count), np.int32)
     for i in range(count):
-        best = left.argmax(axis=1)
-        ids[:, i], values[:, i] = best, left[each, best]
-        if count > 1:
-            left[each, best] = -np.inf
+        best = rows.argmax(axis=1)
+        ids[:, i], values[:, i] = best, rows[each, best]
+        if i + 1 < count:
+            rows[each, best] = -np.inf
+    for i in reversed(range(count - 1)):  # as they were: a copy of them all takes longer
+        rows[each, ids[:, i]] = values[:, i]
     return None if np.isneginf(values).any() else (torch.from_numpy(values), torch.from_numpy(ids))

@@ -188,9 +188,15 @@ class TextFilter:
         """Of an answer that goes on, the part of its cleaned text that no further character can change."""
         if not self.removed:
             return text
-        *pieces, tail = self._pattern.split(text)
-        begun = max(_overlap(tail, one) for one in self.removed)
-        return ("".join(pieces) + tail[: len(tail) - begun]).strip()
+        # Behind this a string may have begun, also one that would come before those found there.
+        end = len(text) - max(_overlap(text, one) for one in self.removed)
+        pieces, at = [], 0
+        for match in self._pattern.finditer(text):
+            if match.start() >= end:
+                break
+            pieces.append(text[at : match.start()])
+            at = match.end()
+        return ("".join(pieces) + text[at : max(at, end)]).strip()
 
 
 def _overlap(text: str, string: str) -> int:

@@ -416,6 +416,9 @@ def test_what_cannot_be_saved_or_loaded(file: Path) -> None:
         decoder.save_prefix(file, policy=Policy(prompt=ChatFormat("{prompt}", prefix="on " * 1024)))
     with pytest.raises(CapacityError, match="keeps 100 at the most"):
         decoder_of(kv_tokens=200).save_prefix(file, policy=PLAIN)
+    judged = decoder_of(kv_tokens=2 * constant_of(decoder) + 20)
+    with pytest.raises(CapacityError, match="the prompt and the judge's prompt have"):
+        judged.save_prefix(file, policy=PLAIN, search=RAINY)
     assert not list(file.parent.iterdir())
     stages = edit_of(decoder).stages
     chosen = AlignEZ(stages=stages, select="cosine", positions=Positions("all"))

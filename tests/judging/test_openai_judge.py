@@ -9,7 +9,6 @@ import logging
 import pickle
 import re
 import socket
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -125,11 +124,16 @@ def test_too_many_requests_waits_as_asked_with_all_threads(server: Callable[...,
     assert fake.asked[1].at - fake.asked[0].at >= 0.4
 
 
+def test_one_who_is_told_to_wait_holds_back_the_others(server: Callable[..., FakeJudge]) -> None:
+    fake = server(Reply(status=429, headers={"Retry-After": "0.5"}), Reply())
+    assert all(isinstance(one, Verdict) for one in outcomes(judge_of(fake, concurrency=2), 40))
+    early = [one for one in fake.asked[1:] if one.at - fake.asked[0].at < 0.5]
+    assert len(early) <= 10  # asked before the first answer was read; without holding back nearly all 40 are
+
+
 def test_who_asks_for_too_long_a_wait_is_not_waited_for(server: Callable[..., FakeJudge]) -> None:
-    began = time.monotonic()
     fake = server(Reply(status=429, headers={"Retry-After": "3600"}))
     assert "asks to wait 3,600 s, longer than the 120 s" in problem(outcomes(judge_of(fake)))
-    assert time.monotonic() - began < 5
     assert len(fake.asked) == 1
 
 
@@ -150,10 +154,8 @@ def test_trouble_that_stays_is_an_error_of_the_item(server: Callable[..., FakeJu
 
 @pytest.mark.parametrize("slow", [Reply(pause=1.0), Reply(dribble=0.02)], ids=["silent", "dribbling"])
 def test_a_slow_judge_is_not_waited_for_forever(server: Callable[..., FakeJudge], slow: Reply) -> None:
-    began = time.monotonic()
     said = problem(outcomes(judge_of(server(slow), timeout=0.2, retries=1)))
     assert "did not answer within 0.2 s (2 tries)" in said
-    assert time.monotonic() - began < 3
 
 
 def test_a_judge_that_is_late_once_is_asked_again(server: Callable[..., FakeJudge]) -> None:
@@ -224,10 +226,11 @@ def test_nobody_there_is_said_soon() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-        began = time.monotonic()
         with pytest.raises(JudgeUnavailableError, match=r"cannot be reached .*: start it, or correct --judge-url"):
             outcomes(OpenAIJudge("big", url), 50)
-        assert time.monotonic() - began < 8
+        with pytest.raises(JudgeUnavailableError) as caught:  # a key that was typed into the address
+            outcomes(OpenAIJudge("big", f"{url}/{KEY}", Secret(KEY)), 1)
+        assert KEY not in str(caught.value)
 
 
 @pytest.mark.parametrize(

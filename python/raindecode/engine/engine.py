@@ -29,7 +29,7 @@ from raindecode.engine.branch import EDIT_SHIFT, Branch, Ledger
 from raindecode.engine.edit_path import EditPath
 from raindecode.engine.edits import EditNumbers
 from raindecode.engine.forward import plan_forwards
-from raindecode.engine.kv_tree import KVTree, OutOfSlots, Row
+from raindecode.engine.kv_tree import Cursor, KVTree, OutOfSlots, Row
 from raindecode.engine.logit_rows import KeptRows, LogitRow, Logits
 from raindecode.engine.model_runner import ModelRunner
 from raindecode.engine.pins import Pins
@@ -242,7 +242,7 @@ class Engine:
         with self._alone():
             cursor = self.tree.root()
             try:
-                rows = self.tree.extend(cursor, keys, pools=pools)
+                rows = self._extend_to(cursor, keys, pools=pools)
                 for model in range(pools.bit_length()):
                     mine = [row for row in rows if row.pools >> model & 1]
                     if mine:
@@ -383,7 +383,7 @@ class Engine:
                 tokens = [cursor.node.tokens[cursor.offset - 1]]
                 self.tree.rewind(cursor, 1)
             try:
-                rows = self._extend(branch, tokens, again)
+                rows = self._extend_to(branch.live(), tokens, reserve=branch.reserve, pools=branch.models, last=again)
             except OutOfSlots:
                 return False
             if want.taps:
@@ -399,11 +399,11 @@ class Engine:
             plan.served.append((task, i, cursor.node.slots[cursor.offset - 1] if cursor.length else -1, kept))
         return True
 
-    def _extend(self, branch: Branch, tokens: Sequence[int], again: int) -> list[Row]:
-        """Rows of a branch's next tokens. What is pinned goes before a request waits. Raises OutOfSlots."""
+    def _extend_to(self, cursor: Cursor, tokens: Sequence[int], **options: int) -> list[Row]:
+        """As KVTree.extend. What is pinned goes before anything has to wait or fails. Raises OutOfSlots."""
         while True:
             try:
-                return self.tree.extend(branch.live(), tokens, reserve=branch.reserve, pools=branch.models, last=again)
+                return self.tree.extend(cursor, tokens, **options)
             except OutOfSlots:
                 if not self.pins.clear():
                     raise

@@ -53,7 +53,8 @@ class Endpoint:
     ) -> None:  # fmt: skip
         if httpx2 is None:
             raise ConfigError("asking an endpoint needs the package httpx2: pip install 'rainkernels[judge]'")
-        self.url = checked_url(url)
+        self._address = checked_url(url)
+        self.url = key.hide(self._address)  # for people
         self._key = key
         self._timeout, self._retries, self._backoff, self._patience = timeout, retries, backoff, patience
         self._client = httpx2.Client(
@@ -170,7 +171,7 @@ class Endpoint:
         """Status, headers and body. The library's limit is for every read; this one is for all of them together."""
         ends = time.monotonic() + self._timeout
         data = bytearray()
-        with self._client.stream("POST", self.url, content=sent) as response:
+        with self._client.stream("POST", self._address, content=sent) as response:
             for chunk in response.iter_bytes():
                 data += chunk
                 if time.monotonic() > ends:
