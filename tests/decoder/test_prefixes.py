@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from test_edits_engine import edit_of
 
 from raindecode import RAIN, ChatFormat, Completion, Decoder, DeRa, JudgeTemplate, Policy, Positions, Sampling
+from raindecode.engine.branch import Ledger
 from raindecode.engine.pins import LEAST_PINNED
 from raindecode.errors import CapacityError, ConfigError, PrefixFileError, PromptError
 from raindecode.policy.alignez.edits import AlignEZ
+from raindecode.policy.alignez.schedule import constant_schedules
 from raindecode.prefix_file import _checksums as checksums
 
 PREFIX = "the inner on a thing in the other " * 12
@@ -228,6 +230,34 @@ def test_a_failed_or_cancelled_request_pins_what_it_ran_or_nothing() -> None:
     assert len(decoder.engine.pins) == 1
 
 
+def test_rows_go_to_the_slots_they_are_for() -> None:
+    """Slots that lie together, and slots in any order."""
+    decoder = decoder_of()
+    answers(decoder, "on a")
+    runner = decoder.engine.runner
+    taken = runner.rows(torch.tensor([1, 2, 3]))
+    for slots in ([40, 41, 42], [70, 50, 60]):
+        runner.put_rows(torch.tensor(slots), taken)
+        for name, rows in runner.rows(torch.tensor(slots)).items():
+            assert torch.equal(rows, taken[name])
+            assert not torch.equal(rows[0], rows[1])
+    with pytest.raises(ValueError, match="do not have the form"):
+        runner.put_rows(torch.tensor([1]), {name: rows[:1].double() for name, rows in taken.items()})
+
+
+def test_pinning_is_asked_for_once_for_every_way_to_run_the_tokens() -> None:
+    decoder = decoder_of()
+    engine, ledger = decoder.engine, Ledger()
+    ids, plain = list(range(5, 5 + LEAST_PINNED)), decoder.requests("x")[0].mix
+    edit = engine.edit_path(constant_schedules([edit_of(decoder)], 1)[0])
+    for _ in range(2):
+        engine.pin_at_end(ledger, ids, plain)
+        engine.pin_at_end(ledger, ids, plain, edit)
+    assert len(ledger.at_end) == 2
+    ledger.release()
+    assert len(engine.pins) == 0  # nothing of it has run
+
+
 # ---- in files ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
@@ -282,6 +312,18 @@ def test_of_a_mixture_of_two_models(file: Path) -> None:
     reference = reference_model()
     pairs = [pair(reference, aligned_model(reference)) for _ in range(2)]
     assert_fits(*pairs, file, policy=Policy(prompt=FORM, dera=DeRa(0.5)))
+
+
+def test_a_prefix_of_one_model_is_not_taken_for_another_s(file: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a", reference_model())
+    maker, taker, fresh = (decoder_of(adapters=[adapter]) for _ in range(3))
+    alone = Policy(prompt=FORM, dera=DeRa(1.0))  # the adapter without the reference
+    maker.save_prefix(file, policy=alone)
+    taker.load_prefix(file, policy=alone)
+    assert charged(answers(taker, "on a", policy=alone, max_new_tokens=1)) < 20
+    assert told(answers(taker)) == told(answers(fresh))
+    both = Policy(prompt=FORM, dera=DeRa(0.5))
+    assert told(answers(taker, policy=both)) == told(answers(decoder_of(adapters=[adapter]), policy=both))
 
 
 def test_under_edits(file: Path) -> None:
