@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from raindecode import Decoder, Policy, Sampling
 from raindecode.engine.branch import Ledger
-from raindecode.engine.engine import Task
+from raindecode.engine.task import Task
 from raindecode.errors import RainDecodeError
 from raindecode.policy.alignez.edits import AlignEZ
 from raindecode.search.context import SearchContext

@@ -31,8 +31,9 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from raindecode.engine.branch import Ledger  # noqa: E402
-from raindecode.engine.engine import Engine, Task  # noqa: E402
+from raindecode.engine.engine import Engine  # noqa: E402
 from raindecode.engine.loader import build_engine  # noqa: E402
+from raindecode.engine.task import Task  # noqa: E402
 from raindecode.engine.types import Search, Want  # noqa: E402
 
 PLAIN, GRAPH = "engine", "engine, CUDA graphs"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from raindecode.engine.branch import Ledger
-from raindecode.engine.engine import Engine, Task
+from raindecode.engine.engine import Engine
+from raindecode.engine.task import Task
 from raindecode.engine.types import Want
 from raindecode.errors import ConfigError, PromptError
 from raindecode.hidden_edits import TAPS, Site

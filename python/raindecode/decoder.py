@@ -18,10 +18,11 @@ from raindecode import testbed
 from raindecode.activations import POOLS, PassageMaker, Pool, collect, sites_of
 from raindecode.engine.adapter import load_adapter
 from raindecode.engine.branch import Ledger
-from raindecode.engine.engine import Engine, Task
+from raindecode.engine.engine import Engine
 from raindecode.engine.exact import ExactMode
 from raindecode.engine.loader import build_engine, load_pretrained
 from raindecode.engine.model_facts import context_length_of, device_of, eos_ids_of, identity_of, name_of, vocabulary_of
+from raindecode.engine.task import Task
 from raindecode.engine.vocabulary import check_same_tokenizer, shared_vocab_size, token_count
 from raindecode.errors import ConfigError, ModelError, PromptError
 from raindecode.hidden_edits import ModelIdentity, Tap

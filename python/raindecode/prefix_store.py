@@ -17,7 +17,8 @@ from torch import Tensor
 
 from raindecode.engine.branch import Ledger
 from raindecode.engine.edit_path import EditPath
-from raindecode.engine.engine import Engine, Task
+from raindecode.engine.engine import Engine
+from raindecode.engine.task import Task
 from raindecode.engine.types import Want
 from raindecode.errors import CapacityError, ConfigError, PrefixFileError, PromptError
 from raindecode.hidden_edits import ModelIdentity, Schedule

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from raindecode.engine.branch import Branch, Ledger
-from raindecode.engine.engine import Engine, Task
+from raindecode.engine.engine import Engine
 from raindecode.engine.mixing import mixed_block
+from raindecode.engine.task import Task
 from raindecode.engine.types import HostCall, Want
 from raindecode.errors import NumericError
 from raindecode.mixture import Mix

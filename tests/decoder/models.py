@@ -15,10 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from raindecode.decoder import Decoder
 from raindecode.engine.branch import Branch, Ledger
-from raindecode.engine.engine import Engine, Task
+from raindecode.engine.engine import Engine
 from raindecode.engine.logit_rows import HostRow
 from raindecode.engine.rng import name_draw
 from raindecode.engine.sampler import Filter
+from raindecode.engine.task import Task
 from raindecode.engine.types import Draw, Search, Want
 
 VOCABULARY = 160

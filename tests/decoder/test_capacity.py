@@ -12,11 +12,12 @@ from models import random_tokens, tiny_decoder, tiny_model
 
 from raindecode.decoder import Decoder
 from raindecode.engine.branch import Branch, Ledger
-from raindecode.engine.engine import Engine, Task
+from raindecode.engine.engine import Engine
 from raindecode.engine.kv_tree import KVTree
 from raindecode.engine.loader import build_engine
 from raindecode.engine.rng import name_draw
 from raindecode.engine.sampler import Filter
+from raindecode.engine.task import Task
 from raindecode.engine.types import Draw, Want
 from raindecode.errors import CapacityError, ConfigError, PromptError, RequestCancelled
 from raindecode.search.rain import RAIN

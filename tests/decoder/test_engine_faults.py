@@ -16,9 +16,10 @@ from raindecode.decoder import Decoder
 from raindecode.engine import forward as forward_module
 from raindecode.engine import sampler
 from raindecode.engine.branch import Branch, Ledger
-from raindecode.engine.engine import Engine, Task
+from raindecode.engine.engine import Engine
 from raindecode.engine.loader import build_engine
 from raindecode.engine.sampler import Filter
+from raindecode.engine.task import Task
 from raindecode.engine.types import Draw, Search, Want
 from raindecode.errors import RainDecodeError, RequestCancelled
 from raindecode.search.sampling import Sampling

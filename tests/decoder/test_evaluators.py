@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from raindecode.engine.branch import Ledger
-from raindecode.engine.engine import Task
+from raindecode.engine.task import Task
 from raindecode.errors import ConfigError, EvaluatorError, ModelError
 from raindecode.search.context import SearchContext
 from raindecode.search.embedder import Embedder, HiddenStates, Paths, TextEmbedder, sentence_transformer

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from raindecode import testbed
 from raindecode.decoder import Decoder
 from raindecode.engine.branch import Ledger
-from raindecode.engine.engine import Task
+from raindecode.engine.task import Task
 from raindecode.errors import ConfigError, ModelError
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat

@@ -15,7 +15,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -34,8 +33,9 @@ from raindecode.engine.logit_rows import KeptRows, LogitRow, Logits
 from raindecode.engine.model_runner import ModelRunner
 from raindecode.engine.pins import Pins
 from raindecode.engine.row_blocks import RowBlocks
-from raindecode.engine.tap_rows import TapRows
-from raindecode.engine.types import Got, HostCall, Search, Want, Yielded
+from raindecode.engine.step_plan import StepPlan
+from raindecode.engine.task import Task
+from raindecode.engine.types import HostCall, Want
 from raindecode.errors import CapacityError, RainDecodeError, RequestCancelled
 from raindecode.hidden_edits import Schedule
 from raindecode.mixture import SINGLE, Mix
@@ -43,80 +43,8 @@ from raindecode.mixture import SINGLE, Mix
 # Every engine alive, so that a test can assert that no request left a slot behind.
 LIVE_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 
-_pools, _slot = attrgetter("pools"), attrgetter("slot")
+_pools = attrgetter("pools")
 StepRows = dict[tuple[int, int], LogitRow]  # by slot and model
-
-
-class Task:
-    """A search in progress with its accounts. `result` or `error` is set when `done`."""
-
-    def __init__(self, search: Search, ledger: Ledger, tag: Any = None) -> None:
-        self.search = search
-        self.ledger = ledger
-        self.tag = tag
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.done = False
-        self.paused = False
-        self.cancelled = False
-        self.wants: Sequence[Want] = ()
-        self.answers: list[Got | None] = []
-        self.host: HostCall | None = None
-
-    def cancel(self) -> None:
-        """End the request at the next step; its slots are freed and `error` is RequestCancelled."""
-        self.cancelled = True
-
-    def expect(self, wanted: Yielded) -> None:
-        """Note what the search waits for.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: the engine cannot answer it.
-        """
-        self.host = wanted if isinstance(wanted, HostCall) else None
-        self.wants = () if isinstance(wanted, HostCall) else tuple(wanted)
-        self.answers = [None] * len(self.wants)
-        for want in self.wants:
-            want.branch.live()
-            if want.needs_logits and not want.branch.length:
-                raise ValueError("a search wants logits after a branch without tokens: append at least one token first")
-            if want.rows_from is not None and not 0 <= want.rows_from < want.branch.length:
-                raise ValueError(
-                    f"a search wants rows from position {want.rows_from} of a branch of {want.branch.length} tokens: "
-                    "give a position of the branch"
-                )
-
-
-@dataclass
-class _Plan:
-    """Rows of one step by slot, and for every planned want the task, its index, the slot of its last token, and its kept
-    logits by model.
-    """
-
-    blocks: RowBlocks
-    rows: dict[int, Row] = field(default_factory=dict)
-    served: list[tuple[Task, int, int, dict[int, LogitRow]]] = field(default_factory=list)
-    taps: TapRows = field(default_factory=TapRows)
-    charged: dict[Task, int] = field(default_factory=dict)
-    forwards: list[int] = field(default_factory=list)  # masks of the models that ran in each
-
-    def add(self, rows: Sequence[Row]) -> int:
-        """Plan rows; how many times a model has to run one that it was not planned to."""
-        if len(rows) > 1:
-            slots = list(map(_slot, rows))
-            if self.rows.keys().isdisjoint(slots) and len(set(slots)) == len(slots):
-                self.rows.update(zip(slots, rows, strict=True))
-                return sum(map(int.bit_count, map(_pools, rows)))
-        added = 0
-        for row in rows:
-            there = self.rows.get(row.slot)
-            if there is None:
-                self.rows[row.slot] = row
-                added += 1 if row.pools == 1 else row.pools.bit_count()
-            elif row.pools & ~there.pools:
-                added += (row.pools & ~there.pools).bit_count()
-                self.rows[row.slot] = row._replace(pools=row.pools | there.pools)
-        return added
 
 
 class Engine:
@@ -296,7 +224,7 @@ class Engine:
             while self._waiting and len(self._running) < self.max_tasks:
                 ended += self._admit() + self._call_hosts()
             started = time.perf_counter()
-            plan = _Plan(RowBlocks(self.tree.num_slots, len(self.models)))
+            plan = StepPlan(RowBlocks(self.tree.num_slots, len(self.models)))
             with _no_collection():
                 try:
                     self._plan(plan, ended)
@@ -347,7 +275,7 @@ class Engine:
                 ended += self._resume(_call_together(function, tasks))
         return ended
 
-    def _plan(self, plan: _Plan, ended: list[Task]) -> None:
+    def _plan(self, plan: StepPlan, ended: list[Task]) -> None:
         """Insert the wanted tokens into the tree, oldest request first. Requests that do not fit wait for slots."""
         while True:
             if self._running and all(t.paused for t in self._running):
@@ -366,7 +294,7 @@ class Engine:
             ended.append(task)
             self._wake()
 
-    def _insert(self, task: Task, plan: _Plan) -> bool:
+    def _insert(self, task: Task, plan: StepPlan) -> bool:
         """Insert the unanswered wants of a task; False when the slots ran out."""
         for i, want in enumerate(task.wants):
             if task.answers[i] is not None:
@@ -408,7 +336,7 @@ class Engine:
                 if not self.pins.clear():
                     raise
 
-    def _block(self, want: Want, plan: _Plan, rows: list[Row]) -> list[Row]:
+    def _block(self, want: Want, plan: StepPlan, rows: list[Row]) -> list[Row]:
         """Note what `Want.rows_from` asks for; the rows to run for it, those that run anyway among them."""
         cursor, models, first = want.branch.live(), want.branch.models, want.rows_from
         assert first is not None
@@ -418,7 +346,7 @@ class Engine:
             return rows
         return rows + self.tree.path_rows(cursor, first, models)
 
-    def _forward(self, plan: _Plan) -> StepRows:
+    def _forward(self, plan: StepPlan) -> StepRows:
         """Run the planned rows; logits by slot and model for the wants that need them."""
         wanted: dict[int, int] = {}
         for task, i, slot, kept in plan.served:
@@ -448,7 +376,7 @@ class Engine:
             found.update((name, LogitRow(logits, i)) for name, i in names)
         return found
 
-    def _answer(self, plan: _Plan, found: StepRows) -> list[tuple[Task, Any]]:
+    def _answer(self, plan: StepPlan, found: StepRows) -> list[tuple[Task, Any]]:
         """Draw what was wanted; the tasks whose wants are all answered, with what to send them."""
         asked = []
         for task, i, slot, kept in plan.served:
@@ -505,7 +433,7 @@ class Engine:
         return ended
 
     # ---- bookkeeping ----------------------------------------------------------------------------------------------
-    def _book(self, plan: _Plan, seconds: dict[str, float]) -> None:
+    def _book(self, plan: StepPlan, seconds: dict[str, float]) -> None:
         total = sum(plan.charged.values()) or 1
         tasks: dict[Task, int] = {}  # with the models they asked
         for task, i, *_ in plan.served:
@@ -544,7 +472,7 @@ class Engine:
         elif task in self._waiting:
             self._waiting.remove(task)
 
-    def _abandon(self, plan: _Plan) -> None:
+    def _abandon(self, plan: StepPlan) -> None:
         """The step failed: undo the insertion and end the requests in it."""
         self.tree.rollback()
         reason = RainDecodeError("the forward this request was part of failed; see the error that was raised")

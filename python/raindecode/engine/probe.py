@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from raindecode.engine.batch import TokenBatch
 from raindecode.engine.branch import Ledger
-from raindecode.engine.engine import Engine, Task
+from raindecode.engine.engine import Engine
 from raindecode.engine.logit_rows import HostRow
 from raindecode.engine.model_runner import ModelRunner, architecture
 from raindecode.engine.rotary import NotFusible
+from raindecode.engine.task import Task
 from raindecode.engine.types import Search, Want
 from raindecode.errors import UnsupportedModelError
 from raindecode.mixture import Mix

@@ -50,6 +50,8 @@ class Want:
         taps: places whose hidden states are wanted, of the first model that takes part, before the edits of that place.
         taps_from: path position; the mean of each place's states from there to the branch's end is returned. These tokens run
             whether their K/V are cached or not.
+        rows_from: path position; the rows of logits after every token from there to the branch's end are returned where the models
+            left them, of every model that takes part. These tokens run whether their K/V are cached or not.
     """
 
     branch: Branch
