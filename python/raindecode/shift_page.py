@@ -120,8 +120,10 @@ def _shortened(item: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _short(value) if isinstance(value, float) else value for key, value in item.items()}
 
 
-def _short(value: float) -> float | str:
-    """Six significant digits; what JSON has no number for becomes a word."""
+def _short(value: float | None) -> float | str | None:
+    """Six significant digits; what JSON has no number for becomes a word, and no number stays none."""
+    if value is None:
+        return None
     return float(f"{value:.6g}") if math.isfinite(value) else str(value)
 
 

@@ -192,6 +192,16 @@ def test_numbers_that_json_has_not() -> None:
     assert found["answers"][0]["tokens"][1]["kl"] == "nan"
 
 
+def test_numbers_that_are_missing() -> None:
+    """TokenShift.to_json() has None where a number is not finite."""
+    given = invented(1, 2)
+    given["summary"]["kl_mean"] = given["curve"][0]["kl"] = None
+    for key in ("logprob_base", "kl"):
+        given["answers"][0]["tokens"][0][key] = None
+    given["answers"][0]["tokens"][0]["candidates"][0]["prob"] = None
+    assert same(unpacked(render_page(given)), given)
+
+
 def test_without_scripts_the_shares_are_told() -> None:
     given = shift([answer(0, "q", [token((0, "a"), rank, [(0, "a", 0.5)]) for rank in (1, 1, 1, 1, 1, 2, 9, 9)])])
     assert "62.5 % unshifted, 12.5 % marginal, 25.0 % shifted" in render_page(given)
