@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,8 +62,10 @@ def write_prefixes(path: str | Path, records: Sequence[PrefixRecord]) -> None:
     beside = file.with_name(f".{file.name}.{secrets.token_hex(6)}.tmp") if file.name else file
     try:
         try:
+            os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            mode = stat.S_IMODE(beside.stat().st_mode)
             save_file(tensors, beside, metadata)
-            beside.chmod(0o666 & ~_umask())  # the library leaves files to their owner alone
+            beside.chmod(mode)  # the library leaves files to their owner alone
             os.replace(beside, file)
         except BaseException:
             beside.unlink(missing_ok=True)
@@ -114,12 +117,6 @@ def read_prefixes(path: str | Path, expected: Sequence[PrefixRecord]) -> list[Pr
         record._replace(tensors=_tensors_of(name, tensors, number, len(record.ids)))
         for number, record in enumerate(expected)
     ]
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _tensors_of(name: str, tensors: Mapping[str, Tensor], number: int, length: int) -> dict[str, Tensor]:
