@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -18,6 +17,7 @@ import raindecode
 from raindecode.decoder import Decoder
 from raindecode.server.faults import Fault
 from raindecode.server.guard import Guard
+from raindecode.server.page import playground
 from raindecode.server.plans import Plan
 from raindecode.server.protocol import ChatBody, CompletionBody, DetokenizeBody, ErrorBody, TokenizeBody
 from raindecode.server.replies import Replies
@@ -41,10 +41,6 @@ _UNIONS = {
     "align.dera.lambda": "give a number from -1000 to 1000, or a list with one per aligned model",
     "align.rain.width": 'give a whole number from 1 to 64, or "auto"',
 }
-_PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 def create_app(settings: ServerSettings, decoder: Decoder | None = None) -> FastAPI:
@@ -144,9 +140,9 @@ def _add_routes(app: FastAPI) -> None:
         return {"prompt": await service.prepare(service.decode, body)}
 
     @app.get("/", response_class=HTMLResponse, tags=["Operation"], summary="The playground")
-    async def playground() -> Response:
-        page = resources.files("raindecode.server").joinpath("playground.html").read_text(encoding="utf-8")
-        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
+    async def page() -> Response:
+        made = playground()
+        return HTMLResponse(made.html, headers={"Content-Security-Policy": made.policy})
 
 
 async def _respond(plan: Plan, request: Request, service: Service, *, chat: bool) -> Response:
