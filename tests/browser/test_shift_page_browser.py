@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,37 +12,13 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "decoder"))
+from browsing import CONTRAST, DESKTOP, PHONE, Windows
 from shift_example import Json, answer, invented, shift, token
 
 from raindecode.shift_page import write_page
 
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="playwright is not installed: pip install 'rainkernels[dev]'"
-)
-
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
-DESKTOP: Json = {"viewport": {"width": 1100, "height": 800}}
-PHONE: Json = {
-    "viewport": {"width": 360, "height": 740},
-    "has_touch": True,
-    "is_mobile": True,
-    "device_scale_factor": 2,
-}
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"><!-- \u2028 \ud800"
 Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A browser of this machine; none is downloaded."""
-    found = next((path for path in map(shutil.which, _NAMES) if path), None)
-    if found is None:
-        pytest.skip(f"no browser is installed; looked for {', '.join(_NAMES)}")
-    root = hasattr(os, "geteuid") and os.geteuid() == 0
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"] if root else [])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -67,28 +41,17 @@ def path(data: Json, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(browser: Any, path: Path) -> Open:
-    """Open a page; at the end it has asked for nothing and complained of nothing. A window is kept for each kind of settings."""
-    windows: dict[str, Any] = {}
+def opened(windows: Windows, path: Path) -> Open:
+    """Open a page; at the end it has asked for nothing and complained of nothing."""
 
     @contextmanager
     def open_(file: Path = path, **settings: Any) -> Iterator[Any]:
-        page = windows.get(repr(settings)) or browser.new_context(**settings).new_page()
-        windows[repr(settings)] = page
         told: list[str] = []
         asked: list[str] = []
-        hear: Json = {
-            "console": lambda message: told.append(message.text),
-            "pageerror": lambda error: told.append(str(error)),
-            "request": lambda request: asked.append(request.url),
-        }
-        for event, listener in hear.items():
-            page.on(event, listener)
-        page.goto(file.as_uri())
-        yield page
-        assert page.title().startswith("Token shift: ")
-        for event, listener in hear.items():
-            page.remove_listener(event, listener)
+        with windows.watched(told, asked, **settings) as page:
+            page.goto(file.as_uri())
+            yield page
+            assert page.title().startswith("Token shift: ")
         assert told == []
         assert file.as_uri() in asked
         assert [url for url in asked if url != file.as_uri() and not url.startswith("data:")] == []
@@ -314,20 +277,6 @@ def test_filter_and_search(opened: Open, data: Json) -> None:
         page.locator("#search").fill("SAY NOTHING")
         assert visible.locator("h3").all_inner_texts() == ["Answer 11"]
         assert page.locator("#count").inner_text() == "1 of 12 answers"
-
-
-CONTRAST = """(selector) => {
-  const parts = (text) => text.match(/[\\d.]+/g).map(Number);
-  const light = (rgb) => rgb.slice(0, 3).map((c) => c / 255).map((c) => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
-    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
-  return [...document.querySelectorAll(selector)].filter((one) => one.checkVisibility()).map((one) => {
-    let behind = one;
-    while (behind.parentElement && parts(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
-    const style = getComputedStyle(one), ink = one instanceof SVGElement ? style.fill : style.color;
-    const [a, b] = [ink, getComputedStyle(behind).backgroundColor].map((text) => light(parts(text)) + .05);
-    return Math.max(a, b) / Math.min(a, b);
-  });
-}"""
 
 
 def test_both_colour_schemes_can_be_read(opened: Open) -> None:
