@@ -104,6 +104,13 @@ def answer(page: Any, side: str) -> str:
     return text
 
 
+def shown_request(page: Any) -> str:
+    """The text under "The requests"; it comes a moment after that is opened."""
+    page.locator("#request:not(:empty)").wait_for()
+    text: str = page.locator("#request").evaluate("(one) => one.textContent")
+    return text
+
+
 def searched(page: Any) -> None:
     """An answer by RAIN, with its picture."""
     fill(page, seed=3, max_tokens=24)
@@ -227,10 +234,10 @@ def test_what_is_set_is_what_is_sent_and_shown(opened: Open, reference: Decoder,
         for side, body in (("aligned", aligned), ("vanilla", vanilla)):
             page.locator("#request-side").select_option(side)
             page.locator("#request-form").select_option("json")
-            assert json.loads(page.locator("#request").inner_text()) == body
+            assert json.loads(shown_request(page)) == body
             assert page.locator("#request-state").inner_text().startswith("This was sent at ")
             page.locator("#request-form").select_option("curl")
-            words = shlex.split(page.locator("#request").evaluate("(one) => one.textContent"))
+            words = shlex.split(shown_request(page))
             assert words[:2] == ["curl", "-N"]
             assert words[2].endswith("/v1/chat/completions")
             assert json.loads(words[words.index("-d") + 1]) == body
@@ -247,7 +254,7 @@ def test_rain_is_asked_for_with_its_settings(opened: Open) -> None:
         fill(page, max_iterations=5, min_visits=1, value_threshold=-0.5, c_puct=1.5, max_children=12, top_k=7)
         page.locator("#preset").select_option("town")
         page.locator("#prompt").fill(ASKED)
-        body = json.loads(page.locator("#request").inner_text())
+        body = json.loads(shown_request(page))
         rain = {
             "max_iterations": 5,
             "min_visits": 1,
@@ -279,11 +286,25 @@ def test_the_form_starts_as_the_server_aligns(opened: Open, server: Served) -> N
             "search": "rain", "rain": {"preset": "hh", "max_iterations": 9, "tree": True}, "dera": {"lambda": [0.25, 0.5]},
             "edits": [{"name": "calm", "strength": 2.5, "on": "both"}], "urial": "default",
         }  # fmt: skip
-        assert json.loads(page.locator("#request").inner_text())["align"] == align
+        assert json.loads(shown_request(page))["align"] == align
         page.locator("#request-side").select_option("vanilla")
         vanilla = {"search": "sampling", "dera": {"lambda": [0, 0]}, "edits": [], "urial": False}
-        assert json.loads(page.locator("#request").inner_text())["align"] == vanilla
+        assert json.loads(shown_request(page))["align"] == vanilla
         page.unroute("**/v1/align")
+
+
+def test_a_server_that_is_away_is_asked_again(windows: Windows, server: Served) -> None:
+    told: list[str] = []
+    with windows.watched(told, [], **DESKTOP) as page:
+        page.route("**/v1/**", lambda route: route.abort())
+        page.goto(server.url)
+        page.locator("#formerror", has_text="cannot be reached").wait_for()
+        page.unroute("**/v1/**")
+        send(page)
+        page.locator("#vanilla .state", has_text="after").wait_for()
+        assert page.locator("#formerror").is_hidden()
+        assert answer(page, "vanilla")
+    assert [line for line in told if "net::ERR_FAILED" not in line] == []
 
 
 def test_the_tree_is_that_of_the_answer(opened: Open, found: Completion) -> None:
@@ -474,6 +495,7 @@ def test_mistakes_are_told_as_text(opened: Open) -> None:
             assert alert.get_attribute("role") == "alert"
             assert alert.inner_text() == "temperature: Input should be greater than or equal to 0"
             assert page.locator(f"#{side} .state").inner_text().startswith("failed after ")
+        assert page.locator("#numbers").is_hidden()
         fill(page, temperature=1, seed=1.5)
         page.locator("#send").click()
         assert "Seed: give a whole number" in page.locator("#formerror").inner_text()
@@ -493,7 +515,8 @@ def test_a_key_is_asked_for_and_not_kept(opened: Open, locked: Served) -> None:
         page.keyboard.type("wrong")
         page.keyboard.press("Enter")
         page.locator("#keyerror").wait_for()
-        assert "API key" in page.locator("#keyerror").inner_text()
+        assert page.locator("#keyerror").inner_text() == "The server does not take this key."
+        assert page.locator("#prompt").input_value() == ""
         page.keyboard.type(KEY)
         page.keyboard.press("Enter")
         page.locator("#keyform").wait_for(state="hidden")
@@ -503,9 +526,9 @@ def test_a_key_is_asked_for_and_not_kept(opened: Open, locked: Served) -> None:
         assert page.locator("#dera").is_hidden()
         assert page.locator("#edits").is_hidden()
         page.locator("#request-side").select_option("vanilla")
-        assert "dera" not in json.loads(page.locator("#request").inner_text())["align"]
+        assert "dera" not in json.loads(shown_request(page))["align"]
         page.locator("#request-form").select_option("curl")
-        assert '"Authorization: Bearer $RAINDECODE_API_KEY"' in page.locator("#request").inner_text()
+        assert '"Authorization: Bearer $RAINDECODE_API_KEY"' in shown_request(page)
         assert KEY not in page.content()
         kept = page.evaluate(
             "JSON.stringify([localStorage, sessionStorage, document.cookie, document.getElementById('key').value])"
@@ -562,7 +585,7 @@ def test_texts_stay_texts_and_big_trees_stay_readable(scripted: Open) -> None:
         send(page, HOSTILE)
         assert answer(page, "aligned") == HOSTILE * 2
         page.locator("#requests > summary").click()
-        assert json.loads(page.locator("#request").inner_text())["messages"][0]["content"] == HOSTILE
+        assert json.loads(shown_request(page))["messages"][0]["content"] == HOSTILE
         drawn = page.locator("g.node")
         assert 10 < drawn.count() <= 40
         page.locator("#all").check()

@@ -74,7 +74,9 @@ const sent = { vanilla: null, aligned: null };  // the bodies last sent, as text
 let key = "", running = null, ready = false;
 
 async function send() {
-  if (running || !ready) return;
+  if (running) return;
+  if (!ready) await load();
+  if (!ready) return;
   const bodies = made();
   if (!bodies) return;
   if (!$("prompt").value) return refuse("Write a prompt first.", $("prompt"));
@@ -100,7 +102,7 @@ async function send() {
   if (document.activeElement === $("stop")) $("send").focus();
   $("stop").disabled = true;
   numbers();
-  if (failed?.reason.status === 401) askKey(failed.reason.message);
+  if (failed?.reason.status === 401) askKey();
   else if (failed) throw failed.reason;
 }
 
@@ -133,7 +135,7 @@ function numbers() {
     ...COUNTERS.map(([name, label, note]) => [label, note, (one) => one.told?.usage?.align[name]]),
     ["Value", "RAIN's of the last set, −1 to +1", (one) => one.told?.align?.value === undefined ? undefined : signed(one.told.align.value)],
   ];
-  $("numbers").hidden = false;
+  $("numbers").hidden = SIDES.every((side) => !answers[side].told && answers[side].first === null);
   $("numbers").querySelector("tbody").replaceChildren(...rows.map(([label, note, value]) => {
     const head = make("th", "", label, ...(note ? [make("span", "", note)] : []));
     head.scope = "row";
@@ -171,7 +173,7 @@ async function load() {
     if (!ready) form.offer(server);
   } catch (error) {
     $("server").textContent = "";
-    if (error.status === 401) return askKey(key ? error.message : "");
+    if (error.status === 401) return askKey();
     return warn($("formerror"), error.message);
   }
   ready = true;
@@ -183,9 +185,9 @@ async function load() {
   showRequest();
 }
 
-function askKey(message) {
+function askKey() {
   $("keyform").hidden = false;
-  warn($("keyerror"), message);
+  warn($("keyerror"), key ? "The server does not take this key." : "");
   $("key").focus();
 }
 
