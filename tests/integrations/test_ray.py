@@ -1,14 +1,20 @@
-"""Several engines on Ray: every row of a batch job is answered once, with Decoder.generate's answer, whatever dies."""
+"""Several engines on Ray. Every row of a batch job is answered once, with Decoder.generate's answer, whatever dies; replicas of the
+server answer alike, and one that dies is replaced."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,68 +89,6 @@ def expected() -> dict[int, dict[str, Any]]:
     return {index: answer.to_json() for index, answer in zip(indices, answers, strict=True)}
 
 
-@pytest.fixture(scope="module")
-def finished(cluster: None, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """The output and the report of a whole job."""
-    path = tmp_path_factory.mktemp("ray") / "out.jsonl"
-    return path, generate_jsonl(source, path, **OPTIONS)
-
-
-def records_of(path: Path) -> dict[int, dict[str, Any]]:
-    records = [json.loads(line) for line in path.read_bytes().splitlines()]
-    indices = [record["index"] for record in records]
-    assert len(set(indices)) == len(indices), f"rows were answered twice: {sorted(indices)}"
-    return dict(zip(indices, records, strict=True))
-
-
-def same(got: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """What decides an answer is equal; counters of forwards shared with other rows are not."""
-    names = ("prompt", "text", "token_ids", "finish_reason", "seed", "logprobs", "mixture", "value")
-    return all(got[name] == wanted[name] for name in names)
-
-
-def check(records: dict[int, dict[str, Any]], expected: dict[int, dict[str, Any]]) -> None:
-    assert sorted(records) == list(range(len(GOOD) + len(BAD)))
-    for index, record in records.items():
-        assert record["sample"] == 0
-        assert record["seed"] == SEED + index
-        if index in BAD:
-            _, kind, words = BAD[index]
-            assert record["error"]["type"] == kind
-            assert words in record["error"]["message"]
-        else:
-            assert same(record, expected[index]), index
-
-
-def test_a_job_gives_the_answers_of_one_decoder(
-    finished: tuple[Path, Any], expected: dict[int, dict[str, Any]]
-) -> None:
-    path, report = finished
-    records = records_of(path)
-    check(records, expected)
-    assert (report.rows, report.already, report.answered, report.failed, report.alone) == (25, 0, 21, 4, 0)
-    settings = records[0]["settings"]
-    assert settings == {
-        "model": "testbed", "adapter": ["testbed"], "search": "sampling", "ignore_eos": True, "logprobs": True, "lambda": [0.5],
-        "max_new_tokens": 48, "stop": ["xyzzy"], "dtype": "float32", "device": "cpu", "exact": True,
-    }  # fmt: skip
-
-
-def test_rows_of_a_killed_process_are_run_again(
-    finished: tuple[Path, Any], source: Path, expected: dict[int, dict[str, Any]], tmp_path: Path
-) -> None:
-    """A job that goes on behind six records and half of a seventh, and loses a process on the way."""
-    lines = finished[0].read_bytes().splitlines(keepends=True)
-    path = tmp_path / "out.jsonl"
-    path.write_bytes(b"".join(lines[:6]) + lines[6][:40])
-    killed = when(lambda: path.read_bytes().count(b"\n") >= 8, kill_a_worker)
-    report = generate_jsonl(source, path, **OPTIONS, resume=True)
-    assert killed(), "the job was over before a process could be killed"
-    check(records_of(path), expected)
-    assert path.read_bytes().startswith(b"".join(lines[:6]))
-    assert (report.rows, report.already, report.answered + report.failed, report.alone) == (25, 6, 19, 0)
-
-
 def when(ready: Callable[[], bool], act: Callable[[], None]) -> Callable[[], bool]:
     """Call `act` in a thread as soon as it is time; the result says whether that happened."""
     happened, over = [], threading.Event()
@@ -186,6 +130,68 @@ def kill_a_worker() -> None:
     os.kill(workers[0], signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def finished(cluster: None, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The output and the report of a job that lost one of its two processes on the way."""
+    path = tmp_path_factory.mktemp("ray") / "out.jsonl"
+    killed = when(lambda: path.exists() and path.read_bytes().count(b"\n") > len(BAD), kill_a_worker)
+    report = generate_jsonl(source, path, **OPTIONS)
+    assert killed(), "the job was over before a process could be killed"
+    return path, report
+
+
+def records_of(path: Path) -> dict[int, dict[str, Any]]:
+    records = [json.loads(line) for line in path.read_bytes().splitlines()]
+    indices = [record["index"] for record in records]
+    assert len(set(indices)) == len(indices), f"rows were answered twice: {sorted(indices)}"
+    return dict(zip(indices, records, strict=True))
+
+
+def same(got: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """What decides an answer is equal; counters of forwards shared with other rows are not."""
+    names = ("prompt", "text", "token_ids", "finish_reason", "seed", "logprobs", "mixture", "value")
+    return all(got[name] == wanted[name] for name in names)
+
+
+def check(records: dict[int, dict[str, Any]], expected: dict[int, dict[str, Any]]) -> None:
+    assert sorted(records) == list(range(len(GOOD) + len(BAD)))
+    for index, record in records.items():
+        assert record["sample"] == 0
+        assert record["seed"] == SEED + index
+        if index in BAD:
+            _, kind, words = BAD[index]
+            assert record["error"]["type"] == kind
+            assert words in record["error"]["message"]
+        else:
+            assert same(record, expected[index]), index
+
+
+def test_a_job_that_loses_a_process_gives_the_answers_of_one_decoder(
+    finished: tuple[Path, Any], expected: dict[int, dict[str, Any]]
+) -> None:
+    path, report = finished
+    records = records_of(path)
+    check(records, expected)
+    assert (report.rows, report.already, report.answered, report.failed, report.alone) == (25, 0, 21, 4, 0)
+    assert records[0]["settings"] == {
+        "model": "testbed", "adapter": ["testbed"], "search": "sampling", "ignore_eos": True, "logprobs": True, "lambda": [0.5],
+        "max_new_tokens": 48, "stop": ["xyzzy"], "dtype": "float32", "device": "cpu", "exact": True,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_behind_what_a_killed_one_wrote(
+    finished: tuple[Path, Any], source: Path, expected: dict[int, dict[str, Any]], tmp_path: Path
+) -> None:
+    lines = finished[0].read_bytes().splitlines(keepends=True)
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b"".join(lines[:12]) + lines[12][:40])  # the thirteenth was not finished
+    report = generate_jsonl(source, path, **{**OPTIONS, "replicas": 1, "batch_size": 5}, resume=True)
+    check(records_of(path), expected)
+    assert path.read_bytes().startswith(b"".join(lines[:12]))
+    assert (report.rows, report.already, report.answered + report.failed, report.alone) == (25, 12, 13, 0)
+
+
 @pytest.mark.slow
 def test_a_row_that_kills_its_process_gets_an_error_and_its_neighbours_answers(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -211,6 +217,7 @@ def test_a_row_that_kills_its_process_gets_an_error_and_its_neighbours_answers(
     assert (report.answered, report.failed, report.alone) == (2, 1, 3)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_is_told(cluster: None, source: Path, tmp_path: Path) -> None:
     with pytest.raises(ray_batch.RainDecodeError, match=r"ModelError: .*no-such-folder"):
         generate_jsonl(source, tmp_path / "out.jsonl", model="./no-such-folder", replicas=1)
@@ -263,3 +270,122 @@ def test_settings_name_everything_that_decides_an_answer() -> None:
     assert len(set(different)) == len(different)
     assert told(RAIN.preset("town", width=4, record_tree=True)) == told(town)
     assert told(RAIN.preset("town")) == told(town)
+
+
+# ---- the server -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def url(cluster: None) -> Iterator[str]:
+    """Two replicas of the server behind Ray's proxy."""
+    pytest.importorskip("raindecode.integrations.ray_serve", reason="the extra `server` is not installed")
+    from raindecode.integrations.ray import app
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
+    ray.serve.run(app({"adapter": "testbed", "kv_tokens": "8192", "replicas": "2", "num_cpus": "1"}))
+    yield f"http://127.0.0.1:{port}"
+    ray.serve.shutdown()
+
+
+def post(url: str, **body: Any) -> Any:
+    """The response to a request; bad statuses raise."""
+    data = json.dumps({"model": "testbed", "max_tokens": 24, **body}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", data, {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=60)
+
+
+def asked(index: int) -> dict[str, Any]:
+    return {
+        "prompt": f"User: How do I paint fence {index}?\nAssistant:", "seed": index, "model": "testbed@dera=0.5",
+        "align": {"search": "rain", "rain": {"max_iterations": 2, "min_new_iterations": 1}} if index % 4 == 0 else {},
+    }  # fmt: skip
+
+
+def replicas() -> set[int]:
+    return set(processes("ray::ServeReplica:"))
+
+
+@pytest.mark.slow
+def test_replicas_answer_alike_stream_and_are_replaced(url: str) -> None:
+    assert len(replicas()) == 2
+    wanted = {index: json.load(post(url, **asked(index)))["choices"][0]["text"] for index in range(8)}
+    decoder = Decoder.from_pretrained("testbed", adapter="testbed", kv_tokens=8192)
+    plain = decoder.engine, Policy(dera=DeRa(0.5))
+    ids = decoder.codec.encode(asked(1)["prompt"])
+    assert decoder.generate([ids], policy=plain[1], max_new_tokens=24, seed=1)[0].text == wanted[1]
+
+    # One of many requests in flight: its tokens come as they are drawn, through the proxy.
+    with post(url, **asked(1), stream=True) as response:
+        events = [line[6:].strip() for line in response if line.startswith(b"data: ")]
+    assert events[-1] == b"[DONE]"
+    pieces = [json.loads(event)["choices"][0]["text"] for event in events[:-1]]
+    assert "".join(pieces) == wanted[1]
+    assert len(pieces) > 3
+
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        post(url, prompt="x", max_tokens=-1)
+    assert refused.value.code == 400
+    assert "max_tokens" in json.load(refused.value)["error"]["message"]
+
+    before = replicas()
+    victim = min(before)
+    retried, started = [], threading.Event()
+
+    def until_answered(number: int) -> tuple[int, str]:
+        """As clients do: ask again when the connection breaks or the server says 5xx."""
+        for attempt in range(60):
+            try:
+                answer = json.load(post(url, **asked(number % 8)))
+                if number > 8:
+                    started.set()
+                return number % 8, answer["choices"][0]["text"]
+            except (urllib.error.URLError, ConnectionError) as error:
+                if getattr(error, "code", 500) < 500:
+                    raise
+                retried.append((number, attempt))
+                time.sleep(0.5)
+        raise AssertionError(f"request {number} was never answered")
+
+    with ThreadPoolExecutor(16) as clients:
+        answers = [clients.submit(until_answered, number) for number in range(160)]
+        assert started.wait(60)
+        os.kill(victim, signal.SIGKILL)
+        for answer in answers:
+            index, text = answer.result()
+            assert text == wanted[index]
+
+    deadline = time.monotonic() + 120
+    while (running(), len(replicas() - {victim})) != (2, 2) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert running() == len(replicas() - {victim}) == 2, "the killed replica was not replaced"
+    print(f"{len(retried)} requests were asked again")
+    for index in wanted:
+        assert until_answered(index) == (index, wanted[index])
+
+
+def running() -> int:
+    """Replicas that take requests, as Ray sees it."""
+    states = ray.serve.status().applications["default"].deployments["raindecode"].replica_states
+    return sum(number for state, number in states.items() if str(getattr(state, "value", state)) == "RUNNING")
+
+
+def test_a_replica_whose_engine_failed_calls_itself_ill() -> None:
+    import asyncio
+
+    ray_serve = pytest.importorskip("raindecode.integrations.ray_serve", reason="the extra `server` is not installed")
+
+    def ill(**service: bool) -> bool:
+        replica = ray_serve._Replica()
+        replica.app = SimpleNamespace(state=SimpleNamespace(service=SimpleNamespace(**service)))
+        try:
+            asyncio.run(replica.check_health())
+        except RuntimeError:
+            return True
+        return False
+
+    assert not ill(is_healthy=True, is_draining=False)
+    assert not ill(is_healthy=False, is_draining=True)
+    assert ill(is_healthy=False, is_draining=False)

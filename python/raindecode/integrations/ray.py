@@ -1,12 +1,14 @@
-"""Several engines on Ray: a batch job over JSON lines (Ray Data).
+"""Several engines on Ray: a batch job over JSON lines (Ray Data), and the server in several processes (Ray Serve).
 
     python -m raindecode.integrations.ray batch prompts.jsonl answers.jsonl --replicas 4
+    serve run raindecode.integrations.ray:app model=testbed replicas=2
 
 docs/integrations/ray.md
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Annotated, Any
 
@@ -28,9 +30,17 @@ from raindecode.integrations.ray_batch import BatchReport, generate_jsonl
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 
-__all__ = ["BatchReport", "generate_jsonl", "main"]
+__all__ = ["BatchReport", "generate_jsonl", "main"]  # and app, build_app: see __getattr__
 
 _SAMPLING, _RUN = "Sampling (only with --search sampling)", "Running"
+
+
+def __getattr__(name: str) -> Any:
+    """`app` and `build_app`, which need the extra `server` as well; a batch job does not."""
+    if name not in ("app", "build_app"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("raindecode.integrations.ray_serve"), name)
+
 
 cli = typer.Typer(
     name="python -m raindecode.integrations.ray", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
