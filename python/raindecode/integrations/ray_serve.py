@@ -103,8 +103,7 @@ def build_app(
             }
         }
     )
-    deployment = serve.deployment(
-        serve.ingress(build)(_Replica),
+    deployed = serve.deployment(
         name="raindecode",
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
         max_ongoing_requests=ongoing,
@@ -112,8 +111,8 @@ def build_app(
         health_check_period_s=health_check_seconds,
         graceful_shutdown_timeout_s=settings.drain_seconds + 10,  # the server's own comes first
         **number_of,
-    )
-    return deployment.bind()
+    )(serve.ingress(build)(_Replica))
+    return deployed.bind()
 
 
 class _Arguments(BaseModel):
