@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,6 @@ from transformers.utils import logging
 
 from raindecode import env
 from raindecode.engine.adapter import Adapter
-from raindecode.engine.attention import IMPLEMENTATION
 from raindecode.engine.engine import Engine
 from raindecode.engine.exact import PADDED_ROWS, ExactMode, use_rowwise_activations
 from raindecode.engine.kv_tree import KVTree
@@ -131,20 +131,21 @@ def build_engine(
 
 
 _PROBE_SLOTS = 512
+_checked: WeakSet[PreTrainedModel] = WeakSet()  # models that have been compared with their own forward
 
 
 def _runner(
     model: PreTrainedModel, adapters: Sequence[Adapter], *, exact: bool, verify: bool, fused: bool, cuda_graphs: bool | None
 ) -> ModelRunner:  # fmt: skip
     """A model checked against its own forward, in the fastest form it has. Its pools are small yet."""
-    known = model.config._attn_implementation == IMPLEMENTATION  # another Decoder has switched and checked it already
-    stock = stock_logits(model) if verify and not known else None
+    stock = stock_logits(model) if verify and model not in _checked else None
     if exact:
         use_rowwise_activations(model)
     runner = ModelRunner(model, _PROBE_SLOTS, adapters)
     probe = Engine(runner, KVTree(_PROBE_SLOTS))
     if stock is not None:
         check_against_stock(probe, stock)
+        _checked.add(model)
     if fused:
         fuse_if_equal(probe)
     obstacle = runner.use_graphs() if cuda_graphs is not False else None
