@@ -324,6 +324,22 @@ def test_text_streamers(model: PreTrainedModel, tokenizer: Any, capsys: pytest.C
     thread.join()
 
 
+def test_a_streamer_ends_after_an_error_too(model: PreTrainedModel, tokenizer: Any) -> None:
+    class Broken(Heard):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            if len(self.puts) == 3:
+                raise OSError("the listener has gone")
+
+    inputs = ask(tokenizer, QUESTIONS[0])
+    for streamer, options, kind in ((Broken(), {}, OSError), (Heard(), {"seed": -1}, ConfigError)):
+        with pytest.raises(kind):
+            model.generate(**inputs, custom_generate=align, max_new_tokens=6, streamer=streamer, **options)
+        assert streamer.ended == 1
+    with pytest.raises(ConfigError, match="2 rows"):
+        model.generate(**ask(tokenizer, *QUESTIONS), custom_generate=align, max_new_tokens=6, streamer=Heard())
+
+
 def _refused() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
     def too_long(input_ids: Any, scores: Any, **_: Any) -> bool:
         return False

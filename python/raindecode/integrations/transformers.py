@@ -47,7 +47,8 @@ __all__ = [
     "urial",
 ]
 
-_RAIN_ROOM = 8  # K/V of a search, in answers
+_RAIN_ROOM = 12  # K/V of a search, in prompts with their answers; seen on the testbed: 9
+_JUDGE_ROOM = 4096  # of its judge's prompts
 
 
 @dataclass
@@ -95,27 +96,24 @@ def align(
         ConfigError, PromptError: something asked for is not allowed, or cannot be done.
         ModelError: a model cannot be served, or there is no tokenizer.
     """
-    search = require_search(search)
-    if kv_tokens is not None:
-        require_whole("kv_tokens", kv_tokens, 1)
-    policy = Policy() if policy is None else policy
-    if not isinstance(policy, Policy):
-        raise ConfigError(f"policy is a {type(policy).__name__}; give a Policy, or None")
-    if of_generate("assistant_model") is not None:
-        raise ConfigError("assistant_model was given; allowed: None, the engine decodes without drafts")
-    call = read_call(
-        model, input_ids, generation_config, logits_processor, stopping_criteria, seed=seed, searching=search is not None,
-        others=others,
-    )  # fmt: skip
     written = _Stream.of(streamer, input_ids)
-    first, partners = _pair(model, reference, aligned)
-    words = tokenizer_of(model, tokenizer)
-    needed = _room(call, search, policy, words) if kv_tokens is None else kv_tokens
-    with borrowed(first, partners, words, needed) as decoder:
-        requests = _requests(decoder, call, search, policy, stop, asked, words)
-        completions = _answers(decoder, requests, search or call.sampling, written)
-    if written is not None:
-        written.streamer.end()
+    try:
+        search = require_search(search)
+        policy = Policy() if policy is None else policy
+        _check(policy, kv_tokens)
+        call = read_call(
+            model, input_ids, generation_config, logits_processor, stopping_criteria, seed=seed, searching=search is not None,
+            others=others,
+        )  # fmt: skip
+        first, partners = _pair(model, reference, aligned)
+        words = tokenizer_of(model, tokenizer)
+        needed = _room(call, search, policy, words) if kv_tokens is None else kv_tokens
+        with borrowed(first, partners, words, needed) as decoder:
+            requests = _requests(decoder, call, search, policy, stop, asked, words)
+            completions = _answers(decoder, requests, search or call.sampling, written)
+    finally:  # after an error, too: another thread may be waiting for the rest
+        if written is not None:
+            written.streamer.end()
     sequences = joined(input_ids, [one.token_ids for one in completions], call.pad_token_id)
     if not generation_config.return_dict_in_generate:
         return sequences
@@ -222,6 +220,15 @@ def urial(
     )  # fmt: skip
 
 
+def _check(policy: object, kv_tokens: int | None) -> None:
+    if not isinstance(policy, Policy):
+        raise ConfigError(f"policy is a {type(policy).__name__}; give a Policy, or None")
+    if kv_tokens is not None:
+        require_whole("kv_tokens", kv_tokens, 1)
+    if of_generate("assistant_model") is not None:
+        raise ConfigError("assistant_model was given; allowed: None, the engine decodes without drafts")
+
+
 @dataclass(frozen=True)
 class _Stream:
     """A streamer of the call, which has seen the prompt."""
@@ -261,7 +268,7 @@ def _room(call: Call, search: RAIN | None, policy: Policy, tokenizer: PreTrained
     if policy.prompt is not None:
         constant = len(tokenizer(policy.prompt.render("x"), add_special_tokens=False)["input_ids"])
     longest = sum(len(row) + constant + call.max_new_tokens for row in call.rows)
-    return longest + 64 if search is None else _RAIN_ROOM * longest
+    return longest + 64 if search is None else _RAIN_ROOM * longest + _JUDGE_ROOM
 
 
 def _requests(
