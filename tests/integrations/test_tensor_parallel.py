@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch.distributed
-from tp_cases import copy_of_testbed, run
+from tp_cases import copy_of_testbed, model_without_a_plan, run
 from transformers import LlamaConfig
 
 from raindecode.decoder import Decoder
+from raindecode.engine import loader
 from raindecode.engine.parallel import check_heads
 from raindecode.errors import ConfigError
 
@@ -31,6 +32,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], lis
     folder = tmp_path_factory.mktemp("tp")
     aligned = str(folder / "aligned")
     copy_of_testbed(aligned)
+    model_without_a_plan(str(folder / "gpt2"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -84,13 +86,21 @@ def test_every_process_holds_its_own_heads_and_runs_transformers_forward(found: 
     assert ranks[0]["identities"] == ranks[1]["identities"] == alone["identities"]
 
 
-def test_adapters_and_prefix_files_are_refused(found: Any) -> None:
+def test_adapters_prefix_files_and_models_without_a_plan_are_refused(found: Any) -> None:
     _, ranks = found
     for rank in ranks:
-        adapter, prefix = rank["refused"]
+        adapter, prefix, gpt2 = rank["refused"]
         assert "split over processes" in adapter
         assert "aligned" in adapter
         assert "split over processes" in prefix
+        assert "cannot be split over 2 processes" in gpt2
+
+
+def test_more_processes_than_two_are_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "processes_of", lambda model: 4)
+    assert Decoder.from_pretrained("testbed", device="cpu").exact == "off"
+    with pytest.raises(ConfigError, match="4 processes"):
+        Decoder.from_pretrained("testbed", device="cpu", exact=True)
 
 
 def test_without_the_processes_it_says_how_to_start_them() -> None:

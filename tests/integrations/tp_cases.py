@@ -11,7 +11,7 @@ import torch
 
 from raindecode import testbed
 from raindecode.decoder import Decoder
-from raindecode.errors import AdapterError, ConfigError
+from raindecode.errors import AdapterError, ConfigError, UnsupportedModelError
 from raindecode.policy.alignez.edits import AlignEZ
 from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
@@ -65,6 +65,10 @@ def refused(decoder: Decoder, processes: int, scratch: str) -> list[str]:
         decoder.save_prefix(f"{scratch}/prefix.safetensors")
     except ConfigError as error:
         found.append(str(error))
+    try:
+        Decoder.from_pretrained(f"{scratch}/gpt2", tensor_parallel=processes)
+    except UnsupportedModelError as error:
+        found.append(str(error))
     return found
 
 
@@ -80,6 +84,14 @@ def copy_of_testbed(folder: str) -> None:
                 parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(testbed.WEIGHTS)).save_pretrained(folder)
+
+
+def model_without_a_plan(folder: str) -> None:
+    """A GPT-2, which transformers does not know how to split."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,11 @@ def load_pretrained(
         with _quiet_when_piped():
             model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **placed, **options)
     except ValueError as error:
+        if placed:
+            raise UnsupportedModelError(
+                f"{path!r} (model_type {config.model_type!r}) cannot be split over {tensor_parallel} processes: {_first_line(error)}; "
+                "leave tensor_parallel out"
+            ) from error
         raise UnsupportedModelError(
             f"{path!r} (model_type {config.model_type!r}) is not a causal language model transformers can load: {_first_line(error)}"
         ) from error
