@@ -8,12 +8,14 @@ Importing this module registers the attention "rain_tree" (`attn_implementation=
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
@@ -25,15 +27,15 @@ from raindecode.errors import ConfigError, PromptError
 from raindecode.integrations._decoders import borrowed, forget, tokenizer_of
 from raindecode.integrations._dera_processor import DeRaLogitsProcessor
 from raindecode.integrations._generate_call import Call, joined, of_generate, read_call, require_search
-from raindecode.integrations._streamed import Streamed, Tokens
 from raindecode.policy.alignez.edits import AlignEZ
 from raindecode.policy.dera import DeRa
 from raindecode.policy.policy import Policy
 from raindecode.policy.prompt import ChatFormat
 from raindecode.policy.urial import URIAL
 from raindecode.search.rain import RAIN
+from raindecode.search.sampling import Sampling
 from raindecode.settings import require_whole
-from raindecode.types import Completion, Request
+from raindecode.types import Completion, Request, TokenLogprob
 
 __all__ = [
     "IMPLEMENTATION",
@@ -291,15 +293,19 @@ def _requests(
     return [replace(request, prompt=one) for request, one in zip(requests, said, strict=True)]
 
 
-def _answers(decoder: Decoder, requests: Sequence[Request], search: Any, stream: _Stream | None) -> list[Completion]:
+def _answers(
+    decoder: Decoder, requests: Sequence[Request], search: Sampling | RAIN, stream: _Stream | None
+) -> list[Completion]:
     """A completion per request; the first error of any once all have ended."""
-    if stream is not None:
-        search = Streamed(search, Tokens(stream.streamer))
-    results: dict[int, Any] = {}
-    with closing(decoder.stream(requests, search=search, progress=False)) as ended:  # type: ignore[type-var]
-        results.update(ended)
-    answers = [results[index] for index in range(len(requests))]
-    for one in answers:
-        if isinstance(one, BaseException):
-            raise one
-    return answers
+
+    def show(token: TokenLogprob, _: object) -> None:
+        assert stream is not None
+        stream.streamer.put(torch.tensor([token.token_id]))
+
+    tasks = [decoder.task(request, search, on_token=None if stream is None else show) for request in requests]
+    with closing(decoder.engine.run(tasks)) as ended:
+        deque(ended, maxlen=0)
+    for task in tasks:
+        if task.error is not None:
+            raise task.error
+    return [task.result for task in tasks]
