@@ -23,6 +23,7 @@ from raindecode.engine.engine import Engine
 from raindecode.engine.exact import ExactMode
 from raindecode.engine.loader import build_engine, load_pretrained
 from raindecode.engine.model_facts import context_length_of, device_of, eos_ids_of, identity_of, name_of, vocabulary_of
+from raindecode.engine.parallel import processes_of
 from raindecode.engine.task import Task
 from raindecode.engine.vocabulary import check_same_tokenizer, shared_vocab_size, token_count
 from raindecode.errors import ConfigError, ModelError, PromptError
@@ -153,6 +154,7 @@ class Decoder:
         device: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         trust_remote_code: bool = False,
+        tensor_parallel: int = 1,
         **options: Any,
     ) -> Decoder:
         """Load "testbed" (the embedded model), a local folder, or a hub id.
@@ -162,6 +164,8 @@ class Decoder:
             aligned: aligned models that are whole models: folders or hub ids.
             device: "cpu", "cuda", "cuda:1"; None takes the GPU when there is one.
             dtype: None takes float32 on a CPU and bfloat16 on a GPU.
+            tensor_parallel: processes to split every model over, those that torchrun has started; each takes its GPU by LOCAL_RANK
+                and has to make the same calls. No adapters and no prefix files then.
             options: passed to the constructor.
 
         Raises:
@@ -171,14 +175,22 @@ class Decoder:
             raise ModelError(
                 f"model is {model!r}; give 'testbed', a folder, or a hub id; for a loaded model use Decoder(model, tokenizer)"
             )
+        require_whole("tensor_parallel", tensor_parallel, 1)
         place = device_of(device)
+        if tensor_parallel > 1 and device not in (None, device_of(None).type):
+            raise ConfigError(
+                f"device is {device!r}; allowed with tensor_parallel: None, every process takes a device of its own"
+            )
         if dtype is not None and dtype not in _DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
         number_type = _DTYPES[dtype] if dtype else (torch.float32 if place.type == "cpu" else torch.bfloat16)
 
         def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             path = str(testbed.WEIGHTS) if name == "testbed" else name
-            return load_pretrained(path, device=place, dtype=number_type, trust_remote_code=trust_remote_code)
+            return load_pretrained(
+                path, device=place, dtype=number_type, trust_remote_code=trust_remote_code,
+                tensor_parallel=tensor_parallel,
+            )  # fmt: skip
 
         names = as_strings("adapter", [adapter] if isinstance(adapter, str) else adapter)
         adapters = [str(testbed.ADAPTER) if path == "testbed" else path for path in names]
@@ -561,6 +573,10 @@ class Decoder:
 
     def _constants(self, policy: Policy | None, search: Sampling | RAIN | None, system: str) -> list[Constant]:
         """What every request of a policy and search begins with."""
+        if any(processes_of(runner.model) > 1 for runner in self.engine.runners):
+            raise ConfigError(
+                "prefix files hold the K/V of all heads, and this model's are split over processes; leave them out"
+            )
         return self._maker.constants(Policy() if policy is None else policy, search, system)
 
     def stream(
