@@ -37,7 +37,8 @@ class RequestMaker:
         vocabulary: ids that every model has.
         identities: of every model, asked for where hidden states are edited only.
 
-    What a plain prompt comes to in a format is remembered, for callers that make several lists of requests of the same prompts.
+    What a plain prompt comes to in a format is remembered while a maker lives, for callers that make several lists of requests of the
+    same prompts; `fresh` remembers nothing.
     """
 
     ids: PromptIds
@@ -48,6 +49,10 @@ class RequestMaker:
     vocabulary: int
     identities: Callable[[], Sequence[ModelIdentity]]
     _written: dict[tuple[str, ChatFormat | None], Written] = field(default_factory=dict, repr=False)
+
+    def fresh(self) -> RequestMaker:
+        """The same maker without what it remembers, for those who keep one."""
+        return replace(self, _written={})
 
     def make(
         self, prompts: Prompt | Sequence[Prompt], *, search: Sampling | RAIN | None, policy: Policy | Sequence[Policy] | None,
