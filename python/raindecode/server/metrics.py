@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -12,6 +14,7 @@ from raindecode.server.plans import Plan
 from raindecode.types import Completion
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_REMEMBERED = 10_000  # scheduling delays
 _PREFIX = "raindecode_"
 
 
@@ -42,6 +45,10 @@ class Metrics:
         self.queued = self._histogram(
             "request_queue_time_seconds", "From a request's arrival at the engine to its first step"
         )
+        self._delays: deque[float] = deque(maxlen=_REMEMBERED)
+        for share in (0.5, 0.99):
+            name = f"scheduling_delay_p{share * 100:g}_seconds"
+            self._gauge(name, "Of the last requests: from arrival at the engine to the first step", partial(self.delay, share))
         self.first = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first committed token"
         )
@@ -53,6 +60,7 @@ class Metrics:
         end = job.ended or job.submitted
         if job.started is not None:
             self.queued.observe(job.started - job.submitted)
+            self._delays.append(job.started - job.submitted)
         if job.fault is not None:
             self.failures.labels(str(job.fault.status)).inc()
             return
@@ -71,6 +79,11 @@ class Metrics:
             self.charged.labels(plan.label).inc(outcome.stats.tokens_charged)
             self.iterations.inc(outcome.stats.iterations)
             self.evaluations.inc(outcome.stats.evaluations)
+
+    def delay(self, share: float) -> float:
+        """The scheduling delay that `share` of the last requests stayed below, in seconds."""
+        found = sorted(self._delays)
+        return found[min(len(found) - 1, int(share * len(found)))] if found else 0.0
 
     def text(self) -> bytes:
         """All of them in Prometheus' text form."""

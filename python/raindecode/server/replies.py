@@ -190,7 +190,8 @@ class Replies:
         if others and logprob is not None:
             best.setdefault(text, _number(logprob))
         made["top_logprobs"].append(best)
-        self._length[index] += len(text)
+        if not self._texts.is_special(token):  # those are in no text
+            self._length[index] += len(text)
 
     def _chat_logprobs(
         self, tokens: Sequence[TokenLogprob], likeliest: Sequence[Sequence[TokenLogprob]]

@@ -38,6 +38,10 @@ class TokenTexts:
             self._known[token] = self._bytes(token)
         return self._known[token]
 
+    def is_special(self, token: int) -> bool:
+        """Whether it marks something, such as an end, and is left out of texts."""
+        return token in self._special
+
     def text_of(self, token: int) -> str:
         """The same as text; where it is none by itself, "bytes:" with the bytes, as OpenAI writes it."""
         raw = self.bytes_of(token)
