@@ -169,7 +169,7 @@ def direct(expected: Expected, record: Row) -> Row:
     rate = tokens / expected.seconds
     whole = record["request_rate_is_inf"] and record["completed"] == len(expected.answers)
     return {
-        "seconds": expected.seconds, "output_tokens": tokens, "output_throughput": rate,
+        "seconds": expected.seconds, "cpu_s": expected.cpu_seconds, "output_tokens": tokens, "output_throughput": rate,
         # Else the server did less work, or waited for requests.
         "server_over_direct": record["output_throughput"] / rate if whole else None,
     }  # fmt: skip

@@ -16,10 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from raindecode.errors import ConfigError
+
 try:
     import httpx2 as httpx
-except ImportError:  # the openai client brings this one
-    import httpx  # type: ignore[no-redef]
+except ImportError:
+    try:
+        import httpx  # type: ignore[no-redef]  # the openai client brings this one
+    except ImportError as error:
+        raise ConfigError("bench serve needs the package httpx2: pip install 'rainkernels[judge]'") from error
 
 Status = Literal["ok", "cancelled", "refused", "failed"]
 SLOW_PAUSE = 0.05  # seconds a slow reader leaves an event lying

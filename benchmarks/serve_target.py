@@ -162,10 +162,12 @@ class Expected:
     Attributes:
         answers: by index of the request.
         seconds: the decoder took for all of them, its own batching included.
+        cpu_seconds: of processors for that, which other work on the machine changes less.
     """
 
     answers: Mapping[int, Answer]
     seconds: float
+    cpu_seconds: float
 
     @classmethod
     def of(cls, decoder: Decoder, planned: Sequence[Planned], settings: Mapping[str, Any]) -> Expected:
@@ -178,14 +180,14 @@ class Expected:
         for task in decoder.engine.run(_tasks(decoder, wanted[:_WARM], settings)):
             if task.error is not None:
                 raise task.error
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         found = {}
         with closing(decoder.engine.run(_tasks(decoder, wanted, settings))) as ended:
             for task in ended:
                 if task.error is not None:
                     raise task.error
                 found[task.tag] = Answer(task.result.text, len(task.result.token_ids))
-        return cls(found, time.perf_counter() - begin)
+        return cls(found, time.perf_counter() - begin, time.process_time() - cpu)
 
 
 def _tasks(decoder: Decoder, planned: Sequence[Planned], settings: Mapping[str, Any]) -> list[Task]:

@@ -391,7 +391,7 @@ def test_a_wrong_answer_ends_the_run_before_anything_is_timed(monkeypatch, tmp_p
     def of(decoder: Any, wanted: Any, settings: Any) -> Expected:
         right = made(decoder, wanted, settings)
         first = min(right.answers)
-        return Expected({**right.answers, first: Answer(right.answers[first].text + "!", 8)}, right.seconds)
+        return Expected({**right.answers, first: Answer(right.answers[first].text + "!", 8)}, right.seconds, 0.0)
 
     monkeypatch.setattr(Expected, "of", of)
     assert bench_serve.main([*MIXED, "--json", str(tmp_path / "out.json")]) == 1

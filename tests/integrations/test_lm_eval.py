@@ -16,6 +16,7 @@ import transformers
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from town_tasks import CHOICES, alone, evaluate, of_choice, pairs_of, write_tasks
@@ -57,12 +58,12 @@ def instances(kind: str, arguments: list[Any]) -> list[Instance]:
 
 
 def likelihoods(model: Any, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
-    found: list[tuple[float, bool]] = model.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+    found: list[tuple[float, bool]] = model.loglikelihood(instances("loglikelihood", pairs))
     return found
 
 
 def answers(model: Any, given: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    found: list[str] = model.generate_until(instances("generate_until", given), disable_tqdm=True)
+    found: list[str] = model.generate_until(instances("generate_until", given))
     return found
 
 
@@ -213,6 +214,48 @@ def test_rain_answers_are_those_of_generate(decoder):
     # Log-likelihoods are the policy's whatever searches it.
     plain = RainDecodeLM(decoder, dera=0.5, prompt="format")
     assert likelihoods(model, [(question, " No.")]) == likelihoods(plain, [(question, " No.")])
+
+
+def test_answers_are_kept_in_the_cache_of_the_harness(decoder, tmp_path, monkeypatch):
+    pairs = [("Human: How do I paint the fence?\nAssistant:", choice) for choice in (" No.", " You take a brush.")]
+    asked = [(pairs[0][0], {"until": ["\n"], "max_gen_toks": 6})]
+    texts = instances("loglikelihood_rolling", [("A fence.",)])
+    first, again = (CachingLM(RainDecodeLM(decoder, dera=0.5), str(tmp_path / "cache.db")) for _ in range(2))
+    found = likelihoods(first, pairs), answers(first, asked), first.loglikelihood_rolling(texts)
+
+    def no_more(*_: Any, **__: Any) -> None:
+        raise AssertionError("this is in the cache")
+
+    monkeypatch.setattr(decoder, "score", no_more)
+    monkeypatch.setattr(decoder, "stream", no_more)
+    assert (likelihoods(again, pairs), answers(again, asked), again.loglikelihood_rolling(texts)) == found
+
+
+def test_a_context_that_choices_share_runs_once(decoder, monkeypatch):
+    model = RainDecodeLM(decoder, dera=0)
+    context = "Human: How do I paint the fence of the baker in the morning?\nAssistant:"
+    pairs = [(context, choice) for choice in (" No.", " You take a brush.", " I am happy.")]
+    start = len(decoder.codec.encode(context))
+    distinct = start + sum(len(decoder.codec.encode(context + choice)) - start for _, choice in pairs)
+    rows: list[int] = []
+    score = decoder.score
+
+    def noting(*given: Any, **named: Any) -> Any:
+        found = score(*given, **named)
+        rows.extend(one.stats.tokens_charged for one in found)
+        return found
+
+    monkeypatch.setattr(decoder, "score", noting)
+    decoder.engine.tree.clear()
+    likelihoods(model, pairs)
+    assert start < sum(rows) <= distinct
+
+
+def test_ways_around_the_decoder_are_closed(decoder):
+    model = RainDecodeLM(decoder)
+    for way in (model._model_call, model._model_generate):
+        with pytest.raises(ConfigError, match="the model 'hf'"):
+            way(torch.tensor([[1]]))
 
 
 def test_what_a_task_cannot_ask_for_is_named(decoder):

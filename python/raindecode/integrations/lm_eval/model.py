@@ -197,6 +197,18 @@ class RainDecodeLM(HFLM):  # type: ignore[misc]
                 self.cache_hook.add_partial("loglikelihood", said, answers[-1])
         return answers
 
+    def _model_call(self, *_: Any, **__: Any) -> Any:
+        """HFLM's way to logits, which would be those of the reference model whatever the policy.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("raindecode gives no logits to the harness: use loglikelihood, or the model 'hf'")
+
+    def _model_generate(self, *_: Any, **__: Any) -> Any:
+        """HFLM's way to answers; as `_model_call`."""
+        raise ConfigError("raindecode generates through its decoder: use generate_until, or the model 'hf'")
+
     # ---- answers ---------------------------------------------------------------------------------------------------------
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers to contexts, up to the first of the task's stop texts.
