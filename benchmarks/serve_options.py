@@ -91,6 +91,7 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
         help="count answers within limits, such as ttft:200; may be repeated",
     )
     add("--warmup", type=int, default=4, help="requests sent one by one before (default: 4)")
+    add("--unchecked", action="store_true", help="load no decoder here: answers of its own server are not compared")
     add("--timeout", type=float, default=600.0, help="seconds of silence after which a request failed (default: 600)")
     add("--label", default="", help="a word for the record")
     add("--quick", action="store_true", help="so small that it is over at once; the numbers mean nothing")

@@ -401,6 +401,12 @@ def test_a_wrong_answer_ends_the_run_before_anything_is_timed(monkeypatch, tmp_p
     assert "1 of 2 answers differ" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--align or --rain asks for what the server has not"):
         bench_serve.main([*MIXED, "--align", '{"rane": true}'])
+    monkeypatch.setattr(Expected, "of", None)
+    assert bench_serve.main([*MIXED, "--unchecked", "--json", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert found["checked"] is None
+    assert "direct" not in found
+    assert found["completed"] + found["refused"] == 16
 
 
 @pytest.mark.slow  # starts the server in a process of its own, as the benchmark does
@@ -414,6 +420,7 @@ def test_it_starts_its_own_server_and_says_why_it_could_not(tmp_path, capfd):
     assert found["direct"]["server_over_direct"] > 0
     assert found["server_usage"]["after"]["cpu_s"] >= found["server_usage"]["before"]["cpu_s"] > 0
     assert found["model_id"] == "25m"
+    assert found["mean_tpot_ms"] > 0  # every token of random weights is text
     with (
         pytest.raises(RainDecodeError, match=r"did not start \(it ended\).*no-such-folder"),
         OwnServer(["--model", "./no-such-folder"]),
