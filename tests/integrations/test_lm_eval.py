@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+pytest.importorskip("lm_eval", minversion="0.4.10", reason="lm-evaluation-harness is not installed, or an old one")
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+pytest.importorskip("lm_eval", minversion="0.4.10", reason="lm-evaluation-harness is not installed, or an old one")
 pytest.importorskip("fastapi", reason="the server's packages are not installed")
 pytest.importorskip("uvicorn", reason="the server's packages are not installed")
 pytest.importorskip("tenacity", reason="the harness's client of completions needs lm-eval[api]")
