@@ -33,7 +33,7 @@ from raindecode.policy.prompt import ChatFormat
 from raindecode.prefix_store import Constant, PrefixStore
 from raindecode.progress import ProgressDisplay
 from raindecode.prompt_ids import PromptIds
-from raindecode.requests import Prompt, RequestMaker
+from raindecode.requests import Prompt, RequestMaker, parted
 from raindecode.search.context import SearchContext
 from raindecode.search.edited import Searches, search_edited
 from raindecode.search.evaluator import Evaluator, JudgeTemplate, ScoreFunction
@@ -317,6 +317,7 @@ class Decoder:
         prompts: Prompt | Sequence[Prompt],
         *,
         policy: Policy | Sequence[Policy] | None = None,
+        starts: Sequence[int] | None = None,
         top: int = 0,
         progress: bool | None = None,
         errors: Literal["raise", "return"] = "raise",
@@ -326,6 +327,8 @@ class Decoder:
         Args:
             prompts, policy, progress, errors: as in `generate`. Token ids are scored as they are; of text and conversations what the
                 policy's prompt format makes of them. A prompt may be one token longer than the context: its last is not run.
+            starts: per prompt, how many of its tokens are a context: those behind it are scored alone, as an answer to it. Edits,
+                which may differ between a prompt and its answer, are made as in `generate`. None scores whole prompts.
             top: how many of the likeliest tokens to report at every place.
 
         Returns:
@@ -339,6 +342,8 @@ class Decoder:
         requests = self._maker.make(
             prompts, search=None, policy=policy, max_new_tokens=0, seed=0, stop=(), stop_token_ids=(), least=0
         )
+        if starts is not None:
+            requests = parted(requests, starts)
         found = dict(self.stream(requests, search=Scoring(top), progress=progress))
         failed = [one for _, one in sorted(found.items()) if isinstance(one, BaseException)]
         if failed and errors == "raise":
