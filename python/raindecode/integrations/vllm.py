@@ -2,6 +2,9 @@
 
     vllm serve ALIGNED --logits-processors raindecode.integrations.vllm:DeRa --additional-config '{"raindecode": {"reference": "BASE"}}'
 
+    RAINDECODE_VLLM_EDITS=helpful.safetensors:0.5 \\
+        vllm serve MODEL --enforce-eager --worker-extension-cls raindecode.integrations.vllm.Steering
+
 Nothing is registered as an entry point of vLLM's group of logits processors: what is, is started in every server of the environment.
 """
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 from vllm.v1.sample.logits_processor import LogitsProcessor as _FirstRunner
 
 from raindecode.integrations.vllm_dera import DeRaProcessor
+from raindecode.integrations.vllm_steering import Steering, cache_salt, register_steering
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as _SecondRunner
@@ -26,4 +30,6 @@ class DeRa(DeRaProcessor, _FirstRunner, _SecondRunner):  # type: ignore[misc]
     """
 
 
-__all__ = ["DeRa"]
+register_steering()  # nothing happens unless RAINDECODE_VLLM_EDITS is set
+
+__all__ = ["DeRa", "Steering", "cache_salt", "register_steering"]
