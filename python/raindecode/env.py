@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raindecode.errors import ConfigError
 
@@ -60,21 +60,21 @@ def kv_tokens() -> int | None:
     return int(value)
 
 
-def vllm_settings() -> dict[str, Any] | None:
-    """RAINDECODE_VLLM: a JSON object with the settings of the DeRa plug-in for vLLM, when set.
+def plug_in_settings(variable: Literal["RAINDECODE_VLLM", "RAINDECODE_SGLANG"]) -> dict[str, Any] | None:
+    """A JSON object with the settings of the DeRa plug-in for vLLM or SGLang, when set.
 
     Raises:
         ConfigError: it is no JSON object.
     """
-    value = os.environ.get("RAINDECODE_VLLM")
+    value = os.environ.get(variable)
     if not value:
         return None
     try:
         given = json.loads(value)
     except ValueError as error:
-        raise ConfigError(f"RAINDECODE_VLLM={value!r} is no JSON ({error}); give '{{\"reference\": PATH}}'") from error
+        raise ConfigError(f"{variable}={value!r} is no JSON ({error}); give '{{\"reference\": PATH}}'") from error
     if not isinstance(given, dict):
-        raise ConfigError(f"RAINDECODE_VLLM={value!r}; give a JSON object such as '{{\"reference\": PATH}}'")
+        raise ConfigError(f"{variable}={value!r}; give a JSON object such as '{{\"reference\": PATH}}'")
     return given
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from raindecode.env import vllm_settings
+from raindecode import env
 from raindecode.errors import ConfigError, RainDecodeError
 from raindecode.integrations.dera_params import lambda_of
 from raindecode.integrations.second_model import Follower, SecondModel, SecondSettings, mix_rows
@@ -250,7 +250,7 @@ def _given(vllm_config: Any) -> Any:
     additional = vllm_config.additional_config
     if isinstance(additional, Mapping) and "raindecode" in additional:
         return additional["raindecode"]
-    given = vllm_settings()
+    given = env.plug_in_settings("RAINDECODE_VLLM")
     if given is None:
         raise ConfigError(
             'the DeRa plug-in is not told which model to mix with: give vLLM --additional-config \'{"raindecode": {"reference": '
