@@ -20,6 +20,8 @@ from raindecode.commands.fit_edit import EXAMPLES as FIT_EXAMPLES
 from raindecode.commands.fit_edit import fit_edit
 from raindecode.commands.generate import EXAMPLES as GENERATE_EXAMPLES
 from raindecode.commands.generate import generate
+from raindecode.commands.serve import EXAMPLES as SERVE_EXAMPLES
+from raindecode.commands.serve import serve
 from raindecode.commands.shift import EXAMPLES as SHIFT_EXAMPLES
 from raindecode.commands.shift import shift
 from raindecode.commands.sweep import EXAMPLES as SWEEP_EXAMPLES
@@ -39,6 +41,7 @@ app.command("generate", epilog=GENERATE_EXAMPLES)(guarded(generate))
 app.command("eval", epilog=EVAL_EXAMPLES)(guarded(evaluate))
 app.command("sweep", epilog=SWEEP_EXAMPLES)(guarded(sweep))
 app.command("shift", epilog=SHIFT_EXAMPLES)(guarded(shift))
+app.command("serve", epilog=SERVE_EXAMPLES)(guarded(serve))
 app.command("fit-edit", epilog=FIT_EXAMPLES)(guarded(fit_edit))
 app.command("bake-edit", epilog=BAKE_EXAMPLES)(guarded(bake_edit))
 bench = typer.Typer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -33,18 +34,19 @@ from raindecode.progress import ProgressDisplay
 from raindecode.prompt_ids import PromptIds
 from raindecode.requests import Prompt, RequestMaker
 from raindecode.search.context import SearchContext
-from raindecode.search.edited import search_edited
+from raindecode.search.edited import Searches, search_edited
 from raindecode.search.evaluator import Evaluator, JudgeTemplate, ScoreFunction
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 from raindecode.search.scored import Scored
+from raindecode.search.scoring import Scoring
 from raindecode.settings import as_strings, is_whole, require_whole
 from raindecode.shift_sides import Answer, Side, as_policy, check_difference, forced_answers, given_answers, label_of
 from raindecode.sweep import Lambda, Sweep, SweepResult
 from raindecode.teacher_forcing import force
 from raindecode.text import Codec
 from raindecode.token_shift import ShiftedAnswer, TokenShift
-from raindecode.types import Completion, Request
+from raindecode.types import Completion, Request, TokenLogprob
 from rainkernels.ops.logits import MAX_MODELS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -284,10 +286,52 @@ class Decoder:
 
     @property
     def _maker(self) -> RequestMaker:
+        return self._request_maker(self._prompt_ids)
+
+    def request_maker(self) -> RequestMaker:
+        """What `requests` works with, as a copy that another thread may use while this decoder is busy."""
+        self.identities  # noqa: B018  worked out by the thread that owns the models
+        codec = Codec(copy.deepcopy(self.codec.tokenizer), self.codec.eos_token_ids)
+        return self._request_maker(PromptIds(codec, self.name))
+
+    def _request_maker(self, ids: PromptIds) -> RequestMaker:
         contexts = [context_length_of(runner.model) for runner, _ in self.engine.models]
         return RequestMaker(
-            self._prompt_ids, self.name, self.format, contexts, self._ends, self._vocabulary, lambda: self.identities
+            ids, self.name, self.format, contexts, self._ends, self._vocabulary, lambda: self.identities
         )
+
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        policy: Policy | Sequence[Policy] | None = None,
+        top: int = 0,
+        progress: bool | None = None,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> list[Any]:
+        """Log-probabilities of the prompts' own tokens, each behind those before it; nothing is generated.
+
+        Args:
+            prompts, policy, progress, errors: as in `generate`. Token ids are scored as they are; of text and conversations what the
+                policy's prompt format makes of them. A prompt may be one token longer than the context: its last is not run.
+            top: how many of the likeliest tokens to report at every place.
+
+        Returns:
+            A PromptLogprobs per prompt.
+
+        Raises:
+            As `generate`; ConfigError too for a mixture with a plausibility filter.
+        """
+        if errors not in ("raise", "return"):
+            raise ConfigError(f"errors is {errors!r}; allowed: 'raise' and 'return'")
+        requests = self._maker.make(
+            prompts, search=None, policy=policy, max_new_tokens=0, seed=0, stop=(), stop_token_ids=(), least=0
+        )
+        found = dict(self.stream(requests, search=Scoring(top), progress=progress))
+        failed = [one for _, one in sorted(found.items()) if isinstance(one, BaseException)]
+        if failed and errors == "raise":
+            raise failed[0]
+        return [found[i] for i in range(len(requests))]
 
     def sweep(
         self,
@@ -523,11 +567,11 @@ class Decoder:
         self,
         requests: Sequence[Request],
         *,
-        search: Sampling | RAIN | Scored | None = None,
+        search: Sampling | RAIN | Scored | Scoring | None = None,
         on_text: Callable[[int, str], None] | None = None,
         on_progress: Callable[[int, int, int], None] | None = None,
         progress: bool | None = None,
-    ) -> Iterator[tuple[int, Completion | BaseException]]:
+    ) -> Iterator[tuple[int, Any]]:
         """Run requests and yield (index, Completion or error) as each finishes.
 
         At most `max_concurrent` are under way at a time; another begins when one ends. Closing the iterator cancels those that
@@ -554,20 +598,30 @@ class Decoder:
         self,
         index: int,
         request: Request,
-        search: Sampling | RAIN | Scored,
+        search: Searches,
         on_text: Callable[[int, str], None] | None,
         on_progress: Callable[[int, int], None] | None,
     ) -> Task:
+        piece = None if on_text is None else lambda piece: on_text(index, piece)
+        return self.task(request, search, tag=index, on_text=piece, on_progress=on_progress)
+
+    def task(
+        self,
+        request: Request,
+        search: Searches,
+        *,
+        tag: Any = None,
+        on_text: Callable[[str], None] | None = None,
+        on_token: Callable[[TokenLogprob, list[TokenLogprob]], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Task:
+        """One request as a task for `engine.submit`, for servers that step the engine themselves; see SearchContext."""
         ledger = Ledger()
         context = SearchContext(
-            engine=self.engine,
-            codec=self.codec,
-            ledger=ledger,
-            request=request,
-            on_text=None if on_text is None else lambda piece: on_text(index, piece),
+            engine=self.engine, codec=self.codec, ledger=ledger, request=request, on_text=on_text, on_token=on_token,
             on_progress=on_progress,
-        )
-        return Task(search_edited(context, search), ledger, tag=index)
+        )  # fmt: skip
+        return Task(search_edited(context, search), ledger, tag=tag)
 
     @property
     def _vocabulary(self) -> int:

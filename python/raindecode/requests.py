@@ -37,7 +37,8 @@ class RequestMaker:
         vocabulary: ids that every model has.
         identities: of every model, asked for where hidden states are edited only.
 
-    What a plain prompt comes to in a format is remembered, for callers that make several lists of requests of the same prompts.
+    What a plain prompt comes to in a format is remembered while a maker lives, for callers that make several lists of requests of the
+    same prompts; `fresh` remembers nothing.
     """
 
     ids: PromptIds
@@ -49,11 +50,19 @@ class RequestMaker:
     identities: Callable[[], Sequence[ModelIdentity]]
     _written: dict[tuple[str, ChatFormat | None], Written] = field(default_factory=dict, repr=False)
 
+    def fresh(self) -> RequestMaker:
+        """The same maker without what it remembers, for those who keep one."""
+        return replace(self, _written={})
+
     def make(
         self, prompts: Prompt | Sequence[Prompt], *, search: Sampling | RAIN | None, policy: Policy | Sequence[Policy] | None,
         max_new_tokens: int, seed: int | Sequence[int], stop: Sequence[str], stop_token_ids: Sequence[int],
+        least: int = 1,
     ) -> list[Request]:  # fmt: skip
         """A request per prompt. Arguments as in Decoder.generate.
+
+        Args:
+            least: tokens to generate at the least; with 0 a prompt may fill the context, and its last token is not run.
 
         Raises:
             PromptError, ConfigError: something given is not allowed.
@@ -63,7 +72,7 @@ class RequestMaker:
                 f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, a list of chat messages, or a list of these"
             )
         _require_search(search)
-        require_whole("max_new_tokens", max_new_tokens, 1)
+        require_whole("max_new_tokens", max_new_tokens, least)
         stop_ids = self._known_ids("stop_token_ids", as_token_ids("stop_token_ids", stop_token_ids))
         if isinstance(search, Sampling):
             self._known_ids("stop_token_ids", search.stop_token_ids)
@@ -87,7 +96,7 @@ class RequestMaker:
         return [
             self._request(
                 prompt, i, self._format(search, policies[i]), max_new_tokens, seeds[i], stops, frozenset(stop_ids),
-                self._mix(search, policies[i]), self._edits(policies[i]),
+                self._mix(search, policies[i]), self._edits(policies[i]), least,
             )
             for i, prompt in enumerate(every)
         ]  # fmt: skip
@@ -159,7 +168,7 @@ class RequestMaker:
 
     def _request(
         self, prompt: Prompt, index: int, format: ChatFormat | None, max_new_tokens: int, seed: int,
-        stops: tuple[str, ...], stop_ids: frozenset[int], mix: Mix, edits: EditPlan | None,
+        stops: tuple[str, ...], stop_ids: frozenset[int], mix: Mix, edits: EditPlan | None, least: int,
     ) -> Request:  # fmt: skip
         where = f"prompt {index}"
         constant = 0
@@ -187,9 +196,9 @@ class RequestMaker:
             prompt = text = self.ids.codec.decode(ids)
         longest = min(context for model, context in enumerate(self.contexts) if mix.models >> model & 1)
         room = longest - len(ids)
-        if room < 1:
+        if room < (1 if least else -1):
             owner = self.name if len(self.contexts) == 1 else "the models that answer it"
-            advice = f"shorten it to at most {longest - 1} tokens"
+            advice = f"shorten it to at most {longest - 1 if least else longest + 1} tokens"
             if constant >= longest:
                 advice = f"{constant} of them are of the constant prompt alone: use a shorter one (policy.prompt, --prompt-file)"
             raise PromptError(
@@ -200,7 +209,7 @@ class RequestMaker:
         form = ChatFormat() if format is None else format
         ends = None if len(set(self.ends)) == 1 else frozenset().union(*(self.ends[model] for model in mix.speakers))
         return Request(
-            str(prompt), text, ids, min(max_new_tokens, room), seed, stops + form.stop, stop_ids, mix, ends, edits, form.removed,
+            str(prompt), text, ids, max(0, min(max_new_tokens, room)), seed, stops + form.stop, stop_ids, mix, ends, edits, form.removed,
             constant,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ FinishReason = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A generated token with its log-probability (natural log) under the model's raw distribution."""
+    """A token with its log-probability (natural log) under the policy's distribution, before temperature and filters."""
 
     token_id: int
     logprob: float
@@ -45,6 +45,24 @@ class Stats:
 
 
 @dataclass(frozen=True)
+class PromptLogprobs:
+    """What a policy says of a text.
+
+    Attributes:
+        prompt: as given (text, or the decoded ids).
+        token_ids: the prompt's.
+        logprobs: of every token behind those before it; None of the first.
+        top_logprobs: the likeliest tokens at every place, the likeliest first, when asked for; empty at the first.
+    """
+
+    prompt: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+    top_logprobs: list[list[TokenLogprob]] | None
+    stats: Stats
+
+
+@dataclass(frozen=True)
 class Completion:
     """One answer.
 
@@ -54,6 +72,8 @@ class Completion:
         token_ids: every generated token that counts towards the answer, the one that ended it included.
         finish_reason: "eos", "stop" (a stop string or stop token) or "length".
         logprobs: per token, when asked for.
+        top_logprobs: the likeliest tokens at every place, when asked for.
+        prompt_logprobs: of the prompt's tokens, when asked for.
         mixture: plain sampling with DeRa(stats=True): the mixture at every token.
         value: RAIN: the mean evaluator score of the last chosen set, in [-1, 1]. A sweep with an evaluator: its score.
         tree: RAIN: the search trees as plain data, when asked for.
@@ -66,13 +86,19 @@ class Completion:
     seed: int
     stats: Stats
     logprobs: list[TokenLogprob] | None = None
+    top_logprobs: list[list[TokenLogprob]] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     mixture: MeasuredAnswer | None = None
     value: float | None = None
     tree: list[dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for json.dumps."""
-        return asdict(self)
+        plain = asdict(self)
+        for name in ("top_logprobs", "prompt_logprobs"):  # asked for by few
+            if plain[name] is None:
+                del plain[name]
+        return plain
 
 
 @dataclass(frozen=True)

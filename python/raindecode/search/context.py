@@ -13,7 +13,7 @@ from raindecode.engine.edit_path import EditPath
 from raindecode.engine.engine import Engine
 from raindecode.engine.types import HostCall, Search, Want
 from raindecode.text import Codec
-from raindecode.types import Request, Stats
+from raindecode.types import Request, Stats, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class SearchContext:
 
     Attributes:
         on_text: called with each piece of committed text, when streaming.
+        on_token: called with each committed token and the likeliest ones at its place; what RAIN commits has no log-probability (NaN).
         on_progress: called with (tokens committed, iterations) as the search advances.
         edits: of the request's rows, judge_edits: of those of the model that judges its answers; None for none.
     """
@@ -31,6 +32,7 @@ class SearchContext:
     ledger: Ledger
     request: Request
     on_text: Callable[[str], None] | None = None
+    on_token: Callable[[TokenLogprob, list[TokenLogprob]], None] | None = None
     on_progress: Callable[[int, int], None] | None = None
     edits: EditPath | None = None
     judge_edits: EditPath | None = None

@@ -9,6 +9,7 @@ script, all of them repairs, are listed in docs/methods/rain.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from raindecode.search.forecast import guess, start_ahead
 from raindecode.search.leaf_work import DYNAMIC, LeafWork, LeafWorks
 from raindecode.search.rain_sets import Candidate
 from raindecode.search.rain_tree import RainTree, SearchNode
-from raindecode.types import Completion, FinishReason
+from raindecode.types import Completion, FinishReason, TokenLogprob
 
 if TYPE_CHECKING:
     from raindecode.search.rain import RAIN
@@ -80,6 +81,9 @@ class RainSearch:
             if self.rain.record_tree:
                 trees.append(self.tree.export(node, self.works.answer.text))
             self.committed += node.tokens
+            if self.context.on_token is not None:
+                for token in node.tokens:
+                    self.context.on_token(TokenLogprob(token, math.nan), [])
             self.value = best.value
             reason = self._end_reason(node)
             for work in self.tree.reroot(node):

@@ -12,7 +12,8 @@ from raindecode.engine.sampler import Filter
 from raindecode.engine.types import Draw, Got, Want
 from raindecode.mixture import Measured, MeasuredAnswer
 from raindecode.search.context import SearchContext
-from raindecode.settings import as_strings, as_token_ids
+from raindecode.search.scoring import likeliest, score_prompt
+from raindecode.settings import as_strings, as_token_ids, require_whole
 from raindecode.text import TextFilter, TextStream, find_stop
 from raindecode.types import Completion, FinishReason, TokenLogprob
 
@@ -29,6 +30,8 @@ class Sampling:
         stop_token_ids: ids that end the answer, besides the model's own end-of-text ids.
         ignore_eos: go on past end-of-text tokens (benchmarks).
         logprobs: report the log-probability of every token.
+        top_logprobs: and of so many of the likeliest tokens at its place.
+        prompt_logprobs: report the log-probabilities of the prompt's tokens, `top_logprobs` likeliest ones among them.
 
     Raises:
         ConfigError: a value lies outside what is allowed.
@@ -43,8 +46,11 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
+        require_whole("top_logprobs", self.top_logprobs, 0)
         object.__setattr__(self, "stop", as_strings("stop", self.stop))
         object.__setattr__(self, "stop_token_ids", as_token_ids("stop_token_ids", self.stop_token_ids))
         self.filter()
@@ -60,6 +66,7 @@ class Sampling:
     def search(self, context: SearchContext) -> Generator[list[Want], list[Got], Completion]:
         """Decode one request."""
         request = context.request
+        scored = (yield from score_prompt(context, self.top_logprobs)) if self.prompt_logprobs else None
         branch = context.open(request.prompt_ids)
         branch.reserve = len(request.prompt_ids) + request.max_new_tokens
         answer = _Answer(context, self)
@@ -69,9 +76,10 @@ class Sampling:
         penalised = list(request.prompt_ids) if shape.repetition_penalty != 1.0 else None
         while answer.finish_reason is None:
             counter = name_draw(0, branch.length, _PURPOSE)
-            got = yield [Want(branch, draws=[Draw(shape, request.seed, counter, context=penalised, logprob=True)])]
-            drawn = got[0].drawn[0]
-            answer.push(drawn.token, drawn.logprob)
+            draw = Draw(shape, request.seed, counter, context=penalised, logprob=True)
+            got = yield [Want(branch, draws=[draw], logits=self.top_logprobs > 0)]
+            drawn, row = got[0].drawn[0], got[0].logits
+            answer.push(drawn.token, drawn.logprob, [] if row is None else likeliest(row, self.top_logprobs))
             branch.append([drawn.token])
             if measured is not None and drawn.measured is not None:
                 measured.append(drawn.measured)
@@ -88,6 +96,8 @@ class Sampling:
             seed=request.seed,
             stats=context.stats(),
             logprobs=answer.logprobs if self.logprobs else None,
+            top_logprobs=answer.top_logprobs if self.top_logprobs else None,
+            prompt_logprobs=scored,
             mixture=None if measured is None else MeasuredAnswer(measured, log_weight if shape.temperature else None),
         )
 
@@ -116,11 +126,15 @@ class _Answer:
         self._cut: int | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.top_logprobs: list[list[TokenLogprob]] = []
         self.finish_reason: FinishReason | None = None
 
-    def push(self, token: int, logprob: float) -> None:
+    def push(self, token: int, logprob: float, likeliest: list[TokenLogprob]) -> None:
         self.token_ids.append(token)
         self.logprobs.append(TokenLogprob(token, logprob))
+        self.top_logprobs.append(likeliest)
+        if self._context.on_token is not None:
+            self._context.on_token(self.logprobs[-1], likeliest)
         before = len(self._stream.text)
         if token in self._eos:
             self._end("eos")

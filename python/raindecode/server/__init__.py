@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server over one Decoder. Needs the extra `server` (pip install 'rainkernels[server]')."""
