@@ -21,14 +21,12 @@ import torch
 from town_pair import load, mixed_greedy, tokenizer, write_aligned
 
 from raindecode import AlignEZ, Decoder, Policy, Positions, Sampling, testbed
-from raindecode.errors import ConfigError
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: see docs/integrations/vllm.md")
 openai = pytest.importorskip("openai", reason="the openai client comes with vLLM")
 
 
 from raindecode.integrations.vllm import DeRa, cache_salt  # noqa: E402
-from raindecode.integrations.vllm_steering import load_edits  # noqa: E402
 
 pytestmark = pytest.mark.vllm
 
@@ -270,10 +268,8 @@ def ours(folder: Path, prompts: list[list[int]], edits: list[str]) -> list[list[
 def start(folder: Path, **options: Any) -> Any:
     from vllm import LLM
 
-    return LLM(
-        model=str(folder), worker_extension_cls="raindecode.integrations.vllm.Steering", disable_log_stats=True,
-        **(settings() | options),
-    )  # fmt: skip
+    options = {"worker_extension_cls": "raindecode.integrations.vllm.Steering", "disable_log_stats": True} | options
+    return LLM(model=str(folder), **(settings() | options))
 
 
 def stop(llm: Any) -> None:
@@ -371,13 +367,20 @@ def test_edited_rows_are_those_of_our_engine(
         uncached.collective_rpc("raindecode_steer", args=([str(tmp_path / "wrong.safetensors")],))
 
 
-def test_a_salt_is_the_configurations(constant: str, tmp_path: Path) -> None:
-    other = write_edit(tmp_path, "other", "all", size=2.0)
-    salts = {
-        cache_salt(edits) for edits in ([constant], [f"{constant}:0.5"], [other], [constant, other], [other, constant])
-    }
-    assert len(salts) == 5
-    assert cache_salt([]) == cache_salt([f"{constant}:0"]) == ""
-    assert cache_salt([AlignEZ.load(constant)]) == cache_salt([constant])
-    with pytest.raises(ConfigError, match="give a list of FILE"):
-        load_edits(constant)
+def test_steering_as_a_general_plug_in_of_another_package(
+    aligned_folder: Path, constant: str, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No worker extension: the entry point of a package of the user's own."""
+    package = tmp_path / "mine-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
+    (package / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nmine = raindecode.integrations.vllm:register_steering\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))  # which processes that vLLM starts take over
+    monkeypatch.setenv("RAINDECODE_VLLM_EDITS", constant)
+    llm = start(aligned_folder, worker_extension_cls="")
+    try:
+        assert ids(write(llm, prompts)) == ours(aligned_folder, prompts, [constant])
+    finally:
+        stop(llm)
