@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from raindecode.engine.parallel import whole
 from raindecode.errors import ConfigError
@@ -57,12 +57,17 @@ def eos_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
 
 
 def context_length_of(model: PreTrainedModel) -> int:
+    """Positions a request may use: see longest_context."""
+    return longest_context(model.config)
+
+
+def longest_context(given: PreTrainedConfig) -> int:
     """Positions a request may use.
 
     Longrope picks its frequencies by the longest row of a forward; past the original length a request would depend on
     its batch-mates, so it counts as the limit.
     """
-    config = model.config.get_text_config()
+    config = given.get_text_config()
     longest = int(getattr(config, "max_position_embeddings", None) or _FALLBACK_CONTEXT)
     rope = getattr(config, "rope_parameters", None) or {}
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
