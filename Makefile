@@ -21,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest tests -n $(JOBS
 TORCH_STAMP := $(VENV)/.torch
 OLD_TRITON := $(VENV)/.triton-3.6
 STACKS := $(VENV)/.stacks
-STACK_PACKAGES := "kernels>=0.10" "litellm>=1.60" "lm_eval[api]>=0.4.9" "ray[serve,data]>=2.47"
+STACK_PACKAGES := "kernels>=0.10" "litellm>=1.60" "lm_eval[api]>=0.4.10" "ray[serve,data]>=2.47"
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test test-slow test-asan lint format build wheel bench clean help
