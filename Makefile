@@ -20,6 +20,8 @@ STAMP := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 TORCH_STAMP := $(VENV)/.torch
 OLD_TRITON := $(VENV)/.triton-3.6
+STACKS := $(VENV)/.stacks
+STACK_PACKAGES := "kernels>=0.10" "litellm>=1.60" "lm_eval[api]>=0.4.10" "ray[serve,data]>=2.47"
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test test-slow test-asan lint format build wheel bench clean help
@@ -30,16 +32,16 @@ help: ## list the targets
 demo: $(STAMP) ## RAIN answers three requests on the embedded model, beside plain sampling
 	@$(VENV)/bin/raindecode demo -- $${PROMPT:+"$$PROMPT"}
 
-test: $(STAMP) $(OLD_TRITON) ## every test that needs no GPU
+test: $(STAMP) $(OLD_TRITON) $(STACKS) ## every test that needs no GPU
 	@$(PYTEST)
 
-test-slow: $(STAMP) $(OLD_TRITON) ## the long sweeps as well
+test-slow: $(STAMP) $(OLD_TRITON) $(STACKS) ## the long sweeps as well
 	@RAINKERNELS_FUZZ_CASES=2000 $(PYTEST) -m "slow or not slow"
 
 test-asan: $(STAMP) ## the kernels' tests and 2,000 fuzzed calls of each op on a C++ lane with AddressSanitizer
 	@RAINKERNELS_FUZZ_CASES=2000 $(PY) -m pytest tests/kernels/test_asan.py -m "slow or not slow" -s
 
-lint: $(STAMP) ## ruff, mypy (strict), clang-format
+lint: $(STAMP) $(STACKS) ## ruff, mypy (strict), clang-format
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
@@ -79,6 +81,12 @@ $(OLD_TRITON): $(TORCH_STAMP)
 	  echo "Triton 3.6 has no wheel for $$(uname -sm): its compile test is skipped"; touch "$@"; \
 	elif $(PIP) install --no-deps --only-binary :all: --target $(VENV)/triton-3.6 --upgrade triton==3.6.0; then touch "$@"; \
 	else echo "Triton 3.6 could not be installed: its compile test is skipped"; fi
+
+# Other stacks, for the tests of our plug-ins in them; many packages, so that one that cannot be had is no reason to stop.
+$(STACKS): $(STAMP) Makefile
+	@if $(PIP) install $(STACK_PACKAGES) > $(VENV)/stacks.log 2>&1; then :; \
+	else echo "Ray, LiteLLM, lm-evaluation-harness or kernels could not be installed: their tests are skipped ($(VENV)/stacks.log)"; fi
+	@touch "$@"
 
 $(STAMP): $(VENV)/.tools $(SOURCES)
 	@echo "[3/3] compiling rainkernels (log: $(VENV)/build.log)"

@@ -10,7 +10,7 @@ import typer
 import raindecode
 from raindecode.commands.bake_edit import EXAMPLES as BAKE_EXAMPLES
 from raindecode.commands.bake_edit import bake_edit
-from raindecode.commands.bench import PASSED_ON, alignez, dera, rain, urial
+from raindecode.commands.bench import PASSED_ON, alignez, dera, rain, serving, urial
 from raindecode.commands.common import guarded, quiet_libraries
 from raindecode.commands.demo import demo
 from raindecode.commands.doctor import doctor
@@ -51,6 +51,7 @@ bench.command("rain", context_settings=PASSED_ON, add_help_option=False)(guarded
 bench.command("dera", context_settings=PASSED_ON, add_help_option=False)(guarded(dera))
 bench.command("alignez", context_settings=PASSED_ON, add_help_option=False)(guarded(alignez))
 bench.command("urial", context_settings=PASSED_ON, add_help_option=False)(guarded(urial))
+bench.command("serve", context_settings=PASSED_ON, add_help_option=False)(guarded(serving))
 app.add_typer(bench, name="bench")
 app.command("doctor")(guarded(doctor))
 app.command("demo")(guarded(demo))

@@ -23,6 +23,7 @@ from raindecode.engine.engine import Engine
 from raindecode.engine.exact import ExactMode
 from raindecode.engine.loader import build_engine, load_pretrained
 from raindecode.engine.model_facts import context_length_of, device_of, eos_ids_of, identity_of, name_of, vocabulary_of
+from raindecode.engine.parallel import processes_of
 from raindecode.engine.task import Task
 from raindecode.engine.vocabulary import check_same_tokenizer, shared_vocab_size, token_count
 from raindecode.errors import ConfigError, ModelError, PromptError
@@ -32,7 +33,7 @@ from raindecode.policy.prompt import ChatFormat
 from raindecode.prefix_store import Constant, PrefixStore
 from raindecode.progress import ProgressDisplay
 from raindecode.prompt_ids import PromptIds
-from raindecode.requests import Prompt, RequestMaker
+from raindecode.requests import Prompt, RequestMaker, parted
 from raindecode.search.context import SearchContext
 from raindecode.search.edited import Searches, search_edited
 from raindecode.search.evaluator import Evaluator, JudgeTemplate, ScoreFunction
@@ -153,6 +154,7 @@ class Decoder:
         device: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         trust_remote_code: bool = False,
+        tensor_parallel: int = 1,
         **options: Any,
     ) -> Decoder:
         """Load "testbed" (the embedded model), a local folder, or a hub id.
@@ -162,6 +164,8 @@ class Decoder:
             aligned: aligned models that are whole models: folders or hub ids.
             device: "cpu", "cuda", "cuda:1"; None takes the GPU when there is one.
             dtype: None takes float32 on a CPU and bfloat16 on a GPU.
+            tensor_parallel: processes to split every model over, those that torchrun has started; each takes its GPU by LOCAL_RANK
+                and has to make the same calls. No adapters and no prefix files then.
             options: passed to the constructor.
 
         Raises:
@@ -171,14 +175,22 @@ class Decoder:
             raise ModelError(
                 f"model is {model!r}; give 'testbed', a folder, or a hub id; for a loaded model use Decoder(model, tokenizer)"
             )
+        require_whole("tensor_parallel", tensor_parallel, 1)
         place = device_of(device)
+        if tensor_parallel > 1 and device not in (None, device_of(None).type):
+            raise ConfigError(
+                f"device is {device!r}; allowed with tensor_parallel: None, every process takes a device of its own"
+            )
         if dtype is not None and dtype not in _DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
         number_type = _DTYPES[dtype] if dtype else (torch.float32 if place.type == "cpu" else torch.bfloat16)
 
         def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             path = str(testbed.WEIGHTS) if name == "testbed" else name
-            return load_pretrained(path, device=place, dtype=number_type, trust_remote_code=trust_remote_code)
+            return load_pretrained(
+                path, device=place, dtype=number_type, trust_remote_code=trust_remote_code,
+                tensor_parallel=tensor_parallel,
+            )  # fmt: skip
 
         names = as_strings("adapter", [adapter] if isinstance(adapter, str) else adapter)
         adapters = [str(testbed.ADAPTER) if path == "testbed" else path for path in names]
@@ -305,6 +317,7 @@ class Decoder:
         prompts: Prompt | Sequence[Prompt],
         *,
         policy: Policy | Sequence[Policy] | None = None,
+        starts: Sequence[int] | None = None,
         top: int = 0,
         progress: bool | None = None,
         errors: Literal["raise", "return"] = "raise",
@@ -314,6 +327,8 @@ class Decoder:
         Args:
             prompts, policy, progress, errors: as in `generate`. Token ids are scored as they are; of text and conversations what the
                 policy's prompt format makes of them. A prompt may be one token longer than the context: its last is not run.
+            starts: per prompt, how many of its tokens are a context: those behind it are scored alone, as an answer to it. Edits,
+                which may differ between a prompt and its answer, are made as in `generate`. None scores whole prompts.
             top: how many of the likeliest tokens to report at every place.
 
         Returns:
@@ -327,6 +342,8 @@ class Decoder:
         requests = self._maker.make(
             prompts, search=None, policy=policy, max_new_tokens=0, seed=0, stop=(), stop_token_ids=(), least=0
         )
+        if starts is not None:
+            requests = parted(requests, starts)
         found = dict(self.stream(requests, search=Scoring(top), progress=progress))
         failed = [one for _, one in sorted(found.items()) if isinstance(one, BaseException)]
         if failed and errors == "raise":
@@ -561,6 +578,10 @@ class Decoder:
 
     def _constants(self, policy: Policy | None, search: Sampling | RAIN | None, system: str) -> list[Constant]:
         """What every request of a policy and search begins with."""
+        if any(processes_of(runner.model) > 1 for runner in self.engine.runners):
+            raise ConfigError(
+                "prefix files hold the K/V of all heads, and this model's are split over processes; leave them out"
+            )
         return self._maker.constants(Policy() if policy is None else policy, search, system)
 
     def stream(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 from raindecode.errors import ConfigError
 
@@ -56,3 +58,26 @@ def kv_tokens() -> int | None:
     if not value.isdigit() or int(value) < 1:
         raise ConfigError(f"RAINDECODE_KV_TOKENS={value!r}: allowed is a whole number of tokens, 1 or more")
     return int(value)
+
+
+def plug_in_settings(variable: Literal["RAINDECODE_VLLM", "RAINDECODE_SGLANG"]) -> dict[str, Any] | None:
+    """A JSON object with the settings of the DeRa plug-in for vLLM or SGLang, when set.
+
+    Raises:
+        ConfigError: it is no JSON object.
+    """
+    value = os.environ.get(variable)
+    if not value:
+        return None
+    try:
+        given = json.loads(value)
+    except ValueError as error:
+        raise ConfigError(f"{variable}={value!r} is no JSON ({error}); give '{{\"reference\": PATH}}'") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"{variable}={value!r}; give a JSON object such as '{{\"reference\": PATH}}'")
+    return given
+
+
+def vllm_edits() -> list[str]:
+    """RAINDECODE_VLLM_EDITS: edits vLLM's model is steered by, FILE or FILE:STRENGTH, separated by commas; empty when unset."""
+    return [part.strip() for part in os.environ.get("RAINDECODE_VLLM_EDITS", "").split(",") if part.strip()]

@@ -214,6 +214,27 @@ class RequestMaker:
         )  # fmt: skip
 
 
+def parted(requests: Sequence[Request], starts: Sequence[int]) -> list[Request]:
+    """The same requests, the prompt of each ending where its entry in `starts` says and the rest forced behind it.
+
+    Raises:
+        ConfigError: there are not as many, or one leaves a prompt or what is behind it empty.
+    """
+    if not isinstance(starts, Sequence) or len(starts) != len(requests):
+        count = f"{len(starts)} of" if isinstance(starts, Sequence) else f"a {type(starts).__name__} for"
+        raise ConfigError(f"starts is {count} {len(requests)} prompts; give one whole number per prompt, or None")
+    for i, (request, start) in enumerate(zip(requests, starts, strict=True)):
+        if not is_whole(start) or not 0 < start < len(request.prompt_ids):
+            raise ConfigError(
+                f"starts[{i}] is {start!r}, and prompt {i} has {len(request.prompt_ids)} tokens; allowed: 1 to "
+                f"{len(request.prompt_ids) - 1}, so that there is a token on either side"
+            )
+    return [
+        replace(one, prompt_ids=one.prompt_ids[:start], forced=tuple(one.prompt_ids[start:]), constant=min(one.constant, start))
+        for one, start in zip(requests, starts, strict=True)
+    ]  # fmt: skip
+
+
 def _require_search(search: object) -> None:
     if search is not None and not isinstance(search, (Sampling, RAIN)):
         raise ConfigError(f"search is a {type(search).__name__}; give Sampling() or RAIN")

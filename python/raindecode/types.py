@@ -51,8 +51,8 @@ class PromptLogprobs:
     Attributes:
         prompt: as given (text, or the decoded ids).
         token_ids: the prompt's.
-        logprobs: of every token behind those before it; None of the first.
-        top_logprobs: the likeliest tokens at every place, the likeliest first, when asked for; empty at the first.
+        logprobs: of every token behind those before it; None of the first, and of all before the place where scoring began.
+        top_logprobs: the likeliest tokens at every place, the likeliest first, when asked for; empty where there is no logprob.
     """
 
     prompt: str
@@ -116,6 +116,7 @@ class Request:
         edits: of hidden states; None for none.
         removed: strings that are taken out of the answer's text.
         constant: leading tokens of the prompt that every request of its format begins with.
+        forced: tokens behind the prompt, of a request that scores them and generates nothing.
     """
 
     prompt: str
@@ -130,3 +131,4 @@ class Request:
     edits: EditPlan | None = None
     removed: tuple[str, ...] = ()
     constant: int = 0
+    forced: tuple[int, ...] = ()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raindecode import RAIN, ConfigError, Decoder, DeRa, Policy, PromptError, Sampling
+from raindecode import RAIN, AlignEZ, ConfigError, Decoder, DeRa, Policy, PromptError, Sampling
 from raindecode.search import scoring
 from raindecode.testbed import ADAPTER, WEIGHTS
 
@@ -87,6 +87,32 @@ def test_a_prompt_may_fill_the_context(decoder):
     assert len(decoder.score([full])[0].logprobs) == len(full)
     with pytest.raises(PromptError, match=f"at most {len(full)} tokens"):
         decoder.score([[*full, 5]])
+
+
+def test_what_stands_behind_a_start_is_scored_as_an_answer(decoder):
+    """Under an edit of the prompt's last row and the answer's, as `generate` makes it."""
+    push = torch.randn(128, generator=torch.Generator().manual_seed(4))
+    policy = Policy(edits=AlignEZ.from_directions({0: push}, op="add", alpha=200.0), dera=DeRa(0.5))
+    prompt = decoder.codec.encode(TEXT)
+    (answer,) = decoder.generate([prompt], policy=policy, search=Sampling(logprobs=True), max_new_tokens=8, seed=2)
+    said = [one.logprob for one in answer.logprobs]
+    whole = prompt + answer.token_ids
+    (one, other) = decoder.score([whole, whole], policy=policy, starts=[len(prompt), len(whole) - 1], top=2)
+    assert one.token_ids == other.token_ids == whole
+    assert one.logprobs[: len(prompt)] == [None] * len(prompt)
+    assert one.top_logprobs[: len(prompt)] == [[]] * len(prompt)
+    assert [found.logprob for found in one.logprobs[len(prompt) :]] == pytest.approx(said, abs=1e-4)
+    assert [len(found) for found in one.top_logprobs[len(prompt) :]] == [2] * len(said)
+    assert sum(found is not None for found in other.logprobs) == 1
+    (as_prompt,) = decoder.score([whole], policy=policy)  # the edit of the last row alone
+    plain = [found.logprob for found in as_prompt.logprobs[len(prompt) :]]
+    assert max(abs(a - b) for a, b in zip(plain, said, strict=True)) > 0.1
+
+
+@pytest.mark.parametrize("starts", [[0], [3], [1, 1], 1, [True], [1.5]])
+def test_starts_leave_a_token_on_either_side(decoder, starts):
+    with pytest.raises(ConfigError, match="starts"):
+        decoder.score([[5, 6, 7]], starts=starts)
 
 
 def test_what_has_no_distribution_is_refused(decoder):

@@ -62,6 +62,17 @@ def urial(
     _run("urial", context.args, benchmarks)
 
 
+def serving(
+    context: typer.Context,
+    benchmarks: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """How fast a server answers under load: time to first token, per token, end to end, throughput.
+
+    Options are those of benchmarks/bench_serve.py: `raindecode bench serve --help`.
+    """
+    _run("serve", context.args, benchmarks)
+
+
 def _run(name: str, given: Sequence[str], benchmarks: str | None) -> None:
     arguments = list(given)
     if {"-h", "--help"} & set(arguments):

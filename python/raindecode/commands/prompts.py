@@ -69,10 +69,18 @@ def _read(file: str) -> list[str | Messages]:
         raise PromptError(f"{name} holds no prompt: write one per line")
     if not file.endswith(".jsonl"):
         return [line for _, line in numbered]
-    return [_from_json(line, f"line {number} of {name}") for number, line in numbered]
+    return [prompt_of_line(line, f"line {number} of {name}") for number, line in numbered]
 
 
-def _from_json(line: str, where: str) -> str | Messages:
+def prompt_of_line(line: str, where: str) -> str | Messages:
+    """The prompt or the conversation of a line of a .jsonl file.
+
+    Args:
+        where: what to call the line in messages.
+
+    Raises:
+        PromptError: it holds none.
+    """
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:  # malformed, an absurd number, or nested without end

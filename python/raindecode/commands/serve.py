@@ -155,6 +155,7 @@ def serve(
     try:
         from raindecode.server import http, logs
         from raindecode.server.app import create_app
+        from raindecode.server.service import Service
         from raindecode.server.settings import ServerSettings
     except ImportError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'rainkernels[server]'") from error
@@ -181,9 +182,10 @@ def serve(
         say(
             f"warning: {host} can be reached from other machines, and no API key is set (--api-key-file or {KEY_VARIABLE})"
         )
+    service = Service(decoder, settings)
     logs.set_up_logs(log_level)
     server = http.Server(
-        create_app(settings, decoder),
+        create_app(settings, service=service),
         settings,
         lambda address: say(f"serving {settings.served_name} at {address} (Ctrl-C ends)"),
     )

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raindecode.engine.adapter_file import read_adapter
+from raindecode.engine.parallel import is_split
 from raindecode.errors import AdapterError
 from raindecode.settings import is_whole
 
@@ -201,6 +202,11 @@ def _targets(path: str, names: Collection[str], model: PreTrainedModel) -> dict[
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise AdapterError(
                 f"adapter {path!r} changes {name!r}, a {type(module).__name__}; allowed: nn.Linear and transformers' Conv1D"
+            )
+        if is_split(module.weight):
+            raise AdapterError(
+                f"adapter {path!r} changes {name!r}, whose weight is split over processes; allowed with tensor_parallel: whole models: "
+                "merge it into a copy of the base (peft's merge_and_unload) and give that as aligned"
             )
         if not module.weight.is_floating_point():
             raise AdapterError(

@@ -1,4 +1,8 @@
-"""The attention function the engine registers with transformers: write new K/V to slots, attend over the tree."""
+"""The attention function the engine registers with transformers: write new K/V to slots, attend over the tree.
+
+Outside an engine's forward the name stands for ordinary causal attention, so that a model that a Decoder holds, or one loaded with
+`attn_implementation="rain_tree"`, runs in plain transformers code as well.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
+from raindecode.engine.plain_attention import plain_attention, plain_mask
 from raindecode.errors import CapacityError
 from rainkernels.ops.attention import AttentionBuffers, AttentionPlan, tree_attention
 from rainkernels.ops.kv import kv_write
@@ -97,9 +102,9 @@ def rain_tree_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer over the KV tree.
+    """Attention of one layer over the KV tree; ordinary attention where no engine is at work.
 
     Args:
         query: [1, num_qo_heads, T, head_dim], rotary applied.
@@ -111,10 +116,11 @@ def rain_tree_attention(
         [1, T, num_qo_heads, head_dim of value], and None for the weights.
     """
     context = tree if tree is not None else _current.get()
-    if context is None or query.shape[0] != 1:
-        raise RuntimeError(
-            f"{IMPLEMENTATION} attention runs inside raindecode's engine: use Decoder, or set another implementation"
-        )
+    if context is None:
+        return plain_attention(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux,
+            sliding_window=sliding_window, **others,
+        )  # fmt: skip
     if attention_mask is not None:
         raise RuntimeError("the model gives its attention a mask of its own, which a KV tree cannot apply")
     index = int(module.layer_idx)  # type: ignore[arg-type]
@@ -149,5 +155,10 @@ def _attend_part(
     )  # fmt: skip
 
 
-# No mask function is registered: transformers then builds no mask at all, which is what a tree needs.
+def rain_tree_mask(*args: Any, **options: Any) -> Tensor | None:
+    """No mask in an engine's forward, which the tree stands for; the one of ordinary attention elsewhere."""
+    return None if _current.get() is not None else plain_mask(*args, **options)
+
+
 AttentionInterface.register(IMPLEMENTATION, rain_tree_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, rain_tree_mask)

@@ -14,10 +14,11 @@ from raindecode.errors import UnsupportedModelError
 from raindecode.hidden_edits import Site
 from rainkernels.ops.edits import edit_
 
-_NAMES = {
+TAP_MODULES = {
     "attn_out": ("self_attn", "attn", "attention", "self_attention"),
     "mlp_out": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"),
 }
+"""What a layer calls the module whose output a tap is; that of "block_out" is the layer."""
 
 
 class EditHooks:
@@ -53,7 +54,7 @@ class EditHooks:
         if site.tap == "block_out":
             return layer
         children = dict(layer.named_children())
-        for name in _NAMES[site.tap]:
+        for name in TAP_MODULES[site.tap]:
             if name in children:
                 return children[name]
         raise UnsupportedModelError(

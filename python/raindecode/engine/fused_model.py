@@ -23,6 +23,7 @@ from raindecode.engine.batch import Part
 from raindecode.engine.edits import RowEdits, SiteTable, Tapped
 from raindecode.engine.fused_adapter import FusedAdapter
 from raindecode.engine.fused_edits import Joining, add_norm
+from raindecode.engine.parallel import processes_of
 from raindecode.engine.rotary import NotFusible, RotaryTable
 from raindecode.engine.snapshot import Snapshot
 from rainkernels.ops.decoder import (
@@ -59,6 +60,8 @@ class FusedModel:
     def __init__(
         self, model: PreTrainedModel, options: dict[int, AttentionOptions], adapters: Sequence[Adapter] = ()
     ) -> None:
+        if processes_of(model) > 1:
+            raise NotFusible("its weights are split over processes")
         base: Any = model.base_model
         head: Any = model.get_output_embeddings()
         if not Snapshot(model).is_plain:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError
@@ -16,11 +17,11 @@ from transformers.utils import logging
 
 from raindecode import env
 from raindecode.engine.adapter import Adapter
-from raindecode.engine.attention import IMPLEMENTATION
 from raindecode.engine.engine import Engine
 from raindecode.engine.exact import PADDED_ROWS, ExactMode, use_rowwise_activations
 from raindecode.engine.kv_tree import KVTree
-from raindecode.engine.model_runner import ModelRunner, check_architecture
+from raindecode.engine.model_runner import ModelRunner, architecture, check_architecture
+from raindecode.engine.parallel import MAX_EXACT, check_heads, check_processes, least, processes_of
 from raindecode.engine.probe import check_against_stock, fuse_if_equal, rows_are_invariant, stock_logits
 from raindecode.errors import ConfigError, ModelError, UnsupportedModelError
 
@@ -31,13 +32,17 @@ _MAX_DEFAULT_TOKENS = 1 << 17
 
 
 def load_pretrained(
-    path: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+    path: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False, tensor_parallel: int = 1
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from a local folder or a hub id.
 
+    Args:
+        tensor_parallel: processes to split the weights over; all of them load it.
+
     Raises:
         ModelError: nothing is there, or what is there does not load.
-        UnsupportedModelError: it is not a causal language model.
+        UnsupportedModelError: it is not a causal language model, or transformers has no plan to split it.
+        ConfigError: there are not as many processes, or its heads do not divide.
     """
     local = Path(path).expanduser()
     if local.exists() and not (local / "config.json").exists():
@@ -55,10 +60,22 @@ def load_pretrained(
             f"no model at {path!r}: it is no local folder and could not be read as a hub id ({_first_line(error)}); "
             "give 'testbed', a folder with config.json, or a hub id that is cached or reachable"
         ) from error
+    placed: dict[str, Any] = {}
+    if tensor_parallel > 1:
+        check_processes(tensor_parallel)
+        check_heads(config, tensor_parallel)
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        placed["distributed_config"] = DistributedConfig(tp_size=tensor_parallel)
     try:
         with _quiet_when_piped():
-            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **placed, **options)
     except ValueError as error:
+        if placed:
+            raise UnsupportedModelError(
+                f"{path!r} (model_type {config.model_type!r}) cannot be split over {tensor_parallel} processes: {_first_line(error)}; "
+                "leave tensor_parallel out"
+            ) from error
         raise UnsupportedModelError(
             f"{path!r} (model_type {config.model_type!r}) is not a causal language model transformers can load: {_first_line(error)}"
         ) from error
@@ -68,7 +85,12 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # tokenizers raise many kinds, some bare Exception
         raise ModelError(f"the tokenizer of {path!r} could not be loaded: {_first_line(error)}") from error
-    torch.nn.Module.to(model, device)
+    if not placed:
+        torch.nn.Module.to(model, device)
+    elif processes_of(model) != tensor_parallel:
+        raise UnsupportedModelError(
+            f"{architecture(model)} has no plan by which transformers would split it: leave tensor_parallel out"
+        )
     return model.eval(), tokenizer
 
 
@@ -111,7 +133,12 @@ def build_engine(
     if exact and not on_cpu_fp32:
         kinds = ", ".join(dict.fromkeys(f"{one.dtype} on {one.device}" for one in models))
         raise ConfigError(f"exact mode needs float32 on a CPU; this model is {kinds}: use exact=None or False")
-    wants_exact = on_cpu_fp32 if exact is None else exact
+    processes = max(map(processes_of, models))
+    if exact and processes > MAX_EXACT:
+        raise ConfigError(
+            f"exact mode was asked for, and the model is split over {processes} processes; allowed: {MAX_EXACT} at most, or exact=None"
+        )
+    wants_exact = on_cpu_fp32 and processes <= MAX_EXACT if exact is None else exact
     runners = [
         _runner(one, own, exact=wants_exact, verify=verify, fused=fused, cuda_graphs=cuda_graphs)
         for one, own in zip(models, (adapters, *((),) * len(aligned)), strict=True)
@@ -121,7 +148,7 @@ def build_engine(
         raise ConfigError(
             "exact mode was asked for, but rows of a forward depend on their number on this machine, padded or not"
         )
-    tokens = kv_tokens or default_kv_tokens(runners)
+    tokens = least(kv_tokens or default_kv_tokens(runners), models)
     for runner in runners:
         runner.resize(tokens + 1)
     engine = Engine(
@@ -131,20 +158,21 @@ def build_engine(
 
 
 _PROBE_SLOTS = 512
+_checked: WeakSet[PreTrainedModel] = WeakSet()  # models that have been compared with their own forward
 
 
 def _runner(
     model: PreTrainedModel, adapters: Sequence[Adapter], *, exact: bool, verify: bool, fused: bool, cuda_graphs: bool | None
 ) -> ModelRunner:  # fmt: skip
     """A model checked against its own forward, in the fastest form it has. Its pools are small yet."""
-    known = model.config._attn_implementation == IMPLEMENTATION  # another Decoder has switched and checked it already
-    stock = stock_logits(model) if verify and not known else None
+    stock = stock_logits(model) if verify and model not in _checked else None
     if exact:
         use_rowwise_activations(model)
     runner = ModelRunner(model, _PROBE_SLOTS, adapters)
     probe = Engine(runner, KVTree(_PROBE_SLOTS))
     if stock is not None:
         check_against_stock(probe, stock)
+        _checked.add(model)
     if fused:
         fuse_if_equal(probe)
     obstacle = runner.use_graphs() if cuda_graphs is not False else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from raindecode.engine.parallel import whole
 from raindecode.errors import ConfigError
 from raindecode.hidden_edits import ModelIdentity
 
@@ -32,7 +33,8 @@ def identity_of(model: PreTrainedModel) -> ModelIdentity:
     config = model.config.get_text_config()
     digest = hashlib.sha256(repr((config.model_type, config.num_hidden_layers, config.hidden_size)).encode())
     samples = []
-    for name, parameter in sorted(model.named_parameters()):
+    for name, held in sorted(model.named_parameters()):
+        parameter = whole(held)
         digest.update(repr((name, tuple(parameter.shape))).encode())
         if not parameter.numel():
             continue
@@ -40,7 +42,7 @@ def identity_of(model: PreTrainedModel) -> ModelIdentity:
             [i * (parameter.numel() - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)], device=parameter.device
         )
         index = torch.unravel_index(at, parameter.shape)  # by row and column: parameters may be views of joined memory
-        samples.append(parameter.detach()[index].reshape(-1).to(torch.bfloat16))
+        samples.append(parameter[index].reshape(-1).to(torch.bfloat16))
     digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
     return ModelIdentity(str(config.model_type), config.num_hidden_layers, config.hidden_size, digest.hexdigest()[:32])
 
@@ -55,12 +57,17 @@ def eos_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
 
 
 def context_length_of(model: PreTrainedModel) -> int:
+    """Positions a request may use: see longest_context."""
+    return longest_context(model.config)
+
+
+def longest_context(given: PreTrainedConfig) -> int:
     """Positions a request may use.
 
     Longrope picks its frequencies by the longest row of a forward; past the original length a request would depend on
     its batch-mates, so it counts as the limit.
     """
-    config = model.config.get_text_config()
+    config = given.get_text_config()
     longest = int(getattr(config, "max_position_embeddings", None) or _FALLBACK_CONTEXT)
     rope = getattr(config, "rope_parameters", None) or {}
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):

@@ -15,7 +15,7 @@ from raindecode.mixture import Mix
 from raindecode.settings import is_whole
 from rainkernels.ops.logits import MAX_MODELS
 
-_LARGEST = 1000.0  # float32 keeps logits of any size apart up to here
+LARGEST = 1000.0  # of a weight's size: float32 keeps logits of any size apart up to here
 _NOTHING = 1e-12  # a reference weight below this is what rounding left of 0
 
 
@@ -53,7 +53,7 @@ class DeRa:
         given = self.weights if isinstance(self.weights, Sequence) else [self.weights]
         if isinstance(given, str) or not given or not all(_is_weight(w) for w in given):
             raise ConfigError(
-                f"the DeRa weight is {self.weights!r}; allowed: a number from -{_LARGEST:g} to {_LARGEST:g}, or one per aligned model"
+                f"the DeRa weight is {self.weights!r}; allowed: a number from -{LARGEST:g} to {LARGEST:g}, or one per aligned model"
             )
         weights = tuple(float(w) for w in given)
         if not self.allow_negative and min(weights) < 0:
@@ -76,8 +76,8 @@ class DeRa:
             )
         if self.kl is not None and not (_is_number(self.kl) and self.kl > 0):
             raise ConfigError(f"the DeRa target is a KL of {self.kl!r}; allowed: a finite number of nats above 0")
-        if not (_is_number(self.max_weight) and 0 < self.max_weight <= _LARGEST):
-            raise ConfigError(f"DeRa max_weight is {self.max_weight!r}; allowed: above 0, up to {_LARGEST:g}")
+        if not (_is_number(self.max_weight) and 0 < self.max_weight <= LARGEST):
+            raise ConfigError(f"DeRa max_weight is {self.max_weight!r}; allowed: above 0, up to {LARGEST:g}")
 
     @classmethod
     def target_kl(
@@ -137,4 +137,4 @@ def _is_number(value: object) -> bool:
 
 
 def _is_weight(value: object) -> bool:
-    return _is_number(value) and abs(float(value)) <= _LARGEST  # type: ignore[arg-type]
+    return _is_number(value) and abs(float(value)) <= LARGEST  # type: ignore[arg-type]

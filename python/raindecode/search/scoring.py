@@ -47,16 +47,18 @@ class Scoring:
 
 
 def score_prompt(context: SearchContext, top: int) -> Generator[list[Want], list[Got], PromptLogprobs]:
-    """Log-probability of every token of the prompt behind those before it, under the request's policy.
+    """Log-probability of every token of the prompt behind those before it, under the request's policy; of a request with forced
+    tokens, of these alone.
 
     The rows run in pieces, so that the logits in memory stay bounded however long the prompt and wide the vocabulary.
     """
     request, engine = context.request, context.engine
     mix = _unmeasured(request.mix)
-    ids = list(request.prompt_ids)
-    found: list[TokenLogprob | None] = [None]
-    others: list[list[TokenLogprob]] = [[]]
-    branch = engine.open(context.ledger, ids[:1], mix, context.edits)
+    ids = [*request.prompt_ids, *request.forced]
+    begun = len(request.prompt_ids) if request.forced else 1
+    found: list[TokenLogprob | None] = [None] * begun
+    others: list[list[TokenLogprob]] = [[] for _ in range(begun)]
+    branch = engine.open(context.ledger, ids[:begun], mix, context.edits)
     branch.reserve = len(ids)
     while len(found) < len(ids):
         first = len(found)

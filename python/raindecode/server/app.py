@@ -43,25 +43,29 @@ _UNIONS = {
 }
 
 
-def create_app(settings: ServerSettings, decoder: Decoder | None = None) -> FastAPI:
+def create_app(settings: ServerSettings, decoder: Decoder | None = None, *, service: Service | None = None) -> FastAPI:
     """A server as an ASGI application. Its lifespan loads the model, unless one is given, and owns the engine's thread.
 
     Args:
         decoder: for this application alone.
+        service: the same, made already with these settings, so that what is wrong with them is known before anything listens.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        owned = decoder
-        if owned is None:
-            owned = await asyncio.to_thread(Decoder.from_pretrained, settings.model, **dict(settings.loading))
-        app.state.service = service = Service(owned, settings)
-        service.start()
+        running = service
+        if running is None:
+            loaded = decoder
+            if loaded is None:
+                loaded = await asyncio.to_thread(Decoder.from_pretrained, settings.model, **dict(settings.loading))
+            running = Service(loaded, settings)
+        app.state.service = running
+        running.start()
         try:
             yield
         finally:
-            await service.drain()
-            await service.close()
+            await running.drain()
+            await running.close()
 
     app = FastAPI(
         title="raindecode", version=raindecode.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,

@@ -53,7 +53,10 @@ class Catalog:
             raise ConfigError(
                 f"the server's align {dict(settings.align)!r} does not hold: {first_error(error)}"
             ) from error
-        self.choose(self.default, Sampling(), chat=True)  # so that a server that can answer nothing does not start
+        try:  # so that a server that can answer nothing does not start
+            self.choose(self.default, Sampling(), chat=True)
+        except Fault as fault:
+            raise ConfigError(f"the server's align {dict(settings.align)!r} does not hold: {fault.message}") from fault
 
     @property
     def aliases(self) -> list[str]:

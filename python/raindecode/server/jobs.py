@@ -128,6 +128,8 @@ class Job:
     def take(self) -> tuple[list[Event], bool]:
         """What happened since the last call, and whether all answers ended."""
         fresh, self._fresh = self._fresh, []
+        if not self._open:
+            self.tasks = []  # they know the job, too: nothing is to wait for the garbage collector
         return fresh, not self._open
 
     @property

@@ -48,7 +48,9 @@ class Metrics:
         self._delays: deque[float] = deque(maxlen=_REMEMBERED)
         for share in (0.5, 0.99):
             name = f"scheduling_delay_p{share * 100:g}_seconds"
-            self._gauge(name, "Of the last requests: from arrival at the engine to the first step", partial(self.delay, share))
+            self._gauge(
+                name, "Of the last requests: from arrival at the engine to the first step", partial(self.delay, share)
+            )
         self.first = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first committed token"
         )
