@@ -187,7 +187,7 @@ def invented(size: int) -> Node:
     """A tree of so many nodes, ten children to each, with hostile texts."""
     plain: Node = {"text": "", "prior": 0.1, "direct_visits": 1}
     made = [
-        {**plain, "slot": i, "tokens": [i], "visits": size // (i + 1), "value": (i % 5 - 2) / 2, "children": []}
+        {**plain, "slot": i, "tokens": [i], "visits": size // (i + 1), "value": (i % 5 - 2) / 2.5, "children": []}
         for i in range(size)
     ]
     for i in range(1, size):
@@ -213,6 +213,14 @@ def test_texts_stay_texts_and_big_trees_stay_readable(scripted: Open) -> None:
         assert 10 < drawn.count() <= 40
         page.locator("#all").check()
         assert drawn.count() == 700
+        looks = page.eval_on_selector_all(
+            "g.node",
+            "(all) => all.map((one) => [one.dataset.slot, one.querySelector('.sign').textContent, one.classList[1]])",
+        )
+        signs = {0: ("−", "bad2"), 1: ("−", "bad1"), 2: ("0", "even"), 3: ("+", "good1"), 4: ("+", "good2")}
+        for slot, *look in looks:
+            visited = 700 // (int(slot) + 1) > 0
+            assert tuple(look) == (signs[int(slot) % 5] if visited else ("?", "unvisited"))
         page.locator("g.chosen").focus()
         page.keyboard.press("ArrowDown")
         assert details(page)["Slot"] == "2"
