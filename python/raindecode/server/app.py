@@ -85,7 +85,7 @@ def create_app(settings: ServerSettings, decoder: Decoder | None = None, *, serv
     return app
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # async: FastAPI gives every call of another kind a thread
     service: Service = request.app.state.service
     return service
 
