@@ -15,6 +15,8 @@
     raindecode bench urial --shape 110m --threads 2 --json benchmarks/results/urial-110m.json  # and 25m
     raindecode bench urial --threads 2 --json benchmarks/results/urial-testbed-cost.json
     python benchmarks/urial_combinations.py --json benchmarks/results/urial-testbed.json
+    python benchmarks/serve_cost.py --shape 110m --requests 32 --threads 2 --json benchmarks/results/serve-cost-110m.json   # and testbed
+    python benchmarks/soak_server.py --json benchmarks/results/serve-soak.json
     python benchmarks/update_readme.py
 
 The newest record of each kernel family counts, and of the GPU files the newest. What no record holds is "not yet measured".
@@ -32,6 +34,7 @@ from dera_tables import dera_records, dera_steps, dera_sweep, sweep_rows
 from doc_tables import load, steps, widths
 from preset_tables import preset_rows
 from readme_tables import NONE, cpu_rows, full_records, gpu, kernels, newest_gpu, rain, rain_records, table
+from serve_tables import costs, serve_records, soak
 from urial_tables import combinations, first_tokens, together
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +88,8 @@ def main() -> None:
     edits, prompts = full_records(RESULTS, "alignez"), full_records(RESULTS, "urial")
     parts = (
         town(), dera_sweep(load(RESULTS / "town-sweep.json")), rain(rain_records(RESULTS)), dera_steps(dera_records(RESULTS)),
-        edit_steps(edits), fit_times(edits), first_tokens(prompts), together(prompts), kernels(cpu_rows(RESULTS)), gpu(newest_gpu(RESULTS)),
+        edit_steps(edits), fit_times(edits), first_tokens(prompts), together(prompts), costs(serve_records(RESULTS)),
+        soak(load(RESULTS / "serve-soak.json")), kernels(cpu_rows(RESULTS)), gpu(newest_gpu(RESULTS)),
     )  # fmt: skip
     agreement = widths([load(RESULTS / f"widths-{dtype}.json") for dtype in ("float32", "bfloat16")])
     for path, contents in (
