@@ -40,8 +40,8 @@ def costs(records: list[Row]) -> str:
     rows += [[shape, *[NONE] * 4] for shape in _EXPECTED if shape not in there]
     note = (
         "**Through HTTP**: the same requests straight through `Decoder.generate` and through `raindecode serve`, in turns on one decoder;\n"
-        "the clients run on the same cores, and every answer was equal (`python benchmarks/serve_cost.py`). Medians; in brackets quartiles of\n"
-        "the ratio round by round:\n\n"
+        "the clients run on the same cores, and every answer was equal (`python benchmarks/serve_cost.py`). Medians;\n"
+        "in brackets quartiles of the ratio round by round:\n\n"
     )
     return note + table(header, rows)
 

@@ -10,6 +10,10 @@ import pytest
 # Some virtual machines announce AMX and die on its first instruction, in any bfloat16 product of plain torch. No test needs it.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
+# No test may wait for a network: what is not here is not there.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
 # Imported before any test makes a matrix product: importing it asks MKL for reproducible results.
 import raindecode  # noqa: F401
 from raindecode.engine.engine import LIVE_ENGINES
