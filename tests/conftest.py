@@ -23,7 +23,7 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 
 
 # Minutes each: begun first, so that no process of `make test` is left with one of them at the end.
-_FIRST = ("test_triton_aot.py", "test_triton.py", "test_asan.py")
+_FIRST = ("test_triton_aot.py", "test_triton.py", "test_asan.py", "test_ray.py", "test_tensor_parallel.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
