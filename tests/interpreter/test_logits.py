@@ -118,12 +118,15 @@ def test_more_survivors_than_the_buffer_holds(case: LogitsCase) -> None:
     assert_matches_definition(case.make(torch.float32))
 
 
+@pytest.mark.slow
 def test_vocabulary_of_151936() -> None:
     case = LogitsCase("qwen", rows=2, vocab=151936, temperature=0.8, top_k=(0, 40), top_p=(0.9, 0.95), padding=(0, 128))
     assert_matches_definition(case.make(torch.bfloat16))
 
 
-@pytest.mark.parametrize("order", ["k_p_min", "min_k_p", "joint"])
+@pytest.mark.parametrize(
+    "order", [*(pytest.param(order, marks=pytest.mark.slow) for order in ("k_p_min", "min_k_p")), "joint"]
+)
 def test_order_of_the_filters(order: str) -> None:
     """Probabilities .5 .25 .125 .0625 ...: top-k 3, top-p .8 and min-p .3 keep different sets in each order."""
     base = torch.log2(torch.tensor([[0.5, 0.25, 0.125, 0.0625, 0.0625]])) * 0.6931471805599453
