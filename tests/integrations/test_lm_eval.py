@@ -251,6 +251,11 @@ def test_a_context_that_choices_share_runs_once(decoder, monkeypatch):
     assert start < sum(rows) <= distinct
 
 
+def test_an_empty_continuation_has_no_score(decoder):
+    with pytest.raises(ConfigError, match="empty continuation"):
+        likelihoods(RainDecodeLM(decoder, dera=0, prompt="format"), [("Who are you?", "")])
+
+
 def test_ways_around_the_decoder_are_closed(decoder):
     model = RainDecodeLM(decoder)
     for way in (model._model_call, model._model_generate):

@@ -476,6 +476,18 @@ def test_decoders_are_made_once_and_go_with_their_model(tokenizer: Any, monkeypa
     assert made[-1]() is None
 
 
+def test_forgetting_either_model_of_a_pair_lets_go_of_both(tokenizer: Any) -> None:
+    reference, inputs = load(), ask(tokenizer, QUESTIONS[0])
+    for kept in ("model", "reference"):
+        model = load()
+        model.generate(**inputs, custom_generate=dera, reference=reference, dera_lambda=0.5, max_new_tokens=2)
+        gone = weakref.ref(model)
+        forget(model if kept == "model" else reference)
+        del model
+        gc.collect()
+        assert gone() is None
+
+
 def test_beside_a_decoder_of_the_same_model(tokenizer: Any) -> None:
     """Either finds the model as it needs it, and both keep their speed: the Decoder's fused model stays current."""
     model = load()
