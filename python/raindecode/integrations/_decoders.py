@@ -119,8 +119,7 @@ def borrowed(
             try:
                 yield held.decoder
             finally:
-                held.decoder.engine.pins.clear()
-                held.decoder.engine.tree.clear()
+                held.decoder.engine.forget()
         finally:
             for swap in swapped:
                 _put(swap.parent, swap.name, swap.ours, swap.own)
