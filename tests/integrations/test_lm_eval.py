@@ -129,6 +129,7 @@ def test_texts_longer_than_the_context_are_cut_as_there(decoder, tmp_path):
     assert [greedy for _, greedy in mine] == [greedy for _, greedy in other]
     asked = [(long, {"until": ["\n"], "max_gen_toks": 8})]
     assert answers(ours, asked) == answers(theirs, asked)
+    assert ours._prompt(long, 8) == ours.tok_encode(long)[8 - 24 :]  # room for the answer
     with pytest.raises(ConfigError, match="max_length"):
         likelihoods(ours, [("A", long)])
     with pytest.raises(ConfigError, match="24 new tokens; allowed: 1 to 23"):
