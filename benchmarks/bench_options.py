@@ -93,7 +93,9 @@ def check_json(path: Path | None) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    if path is not None and not os.access(path.absolute().parent, os.W_OK):
+    if path is not None and (
+        path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK)
+    ):
         raise ConfigError(f"{path} cannot be written: give a file in a folder that exists and is yours")
 
 
@@ -112,9 +114,9 @@ def in_turns(names: Sequence[str], rounds: int, what: str = "round") -> Iterator
 def write_json(record: Mapping[str, Any], path: Path | None) -> None:
     """Print a record as one line, and write it where a file was named."""
     line = json.dumps(record)
+    print(line)
     if path is not None:
         path.write_text(line + "\n", encoding="utf-8")
-    print(line)
 
 
 __all__ = [

@@ -215,7 +215,7 @@ class Load:
                     record.error = "200 for a malformed body"
                 else:
                     record.status = await self._read(response, one, record)
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
             record.status, record.error = "failed", f"{type(error).__name__}: {error}"
         record.ended = self._now()
 

@@ -155,7 +155,7 @@ def limits(given: Sequence[str]) -> dict[str, float]:
             found[name] = float(number)
         except ValueError:
             name = ""
-        if name not in ("ttft", "tpot", "e2el"):
+        if name not in ("ttft", "tpot", "e2el") or not found[name] > 0:
             raise ConfigError(f"--goodput is {one!r}; allowed: ttft, tpot or e2el, a colon and milliseconds")
     return found
 

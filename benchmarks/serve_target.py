@@ -109,23 +109,26 @@ class Remote:
             answer = self._client.get(f"{self._base}/v1/models")
             answer.raise_for_status()
             return [one["id"] for one in answer.json()["data"]]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"--base-url is {self._base!r}, and its /v1/models cannot be read ({error}): give a server of OpenAI's API, without /v1"
             ) from error
 
     def align(self) -> dict[str, Any]:
         """What it has to align by; empty for another software."""
-        answer = self._client.get(f"{self._base}/v1/align")
-        return dict(answer.json()) if answer.status_code == 200 else {}
+        try:
+            answer = self._client.get(f"{self._base}/v1/align")
+            return dict(answer.json()) if answer.status_code == 200 else {}
+        except (httpx.HTTPError, ValueError, TypeError):
+            return {}
 
     def metrics(self) -> dict[str, float]:
-        """Its /metrics without histograms' buckets; empty where it has none."""
+        """Its /metrics without histograms' buckets; empty where it has none, or a page of another kind."""
         try:
             answer = self._client.get(f"{self._base}/metrics")
-        except httpx.HTTPError:
+            return samples(answer.text) if answer.status_code == 200 else {}
+        except (httpx.HTTPError, ValueError):
             return {}
-        return samples(answer.text) if answer.status_code == 200 else {}
 
     def settle(self, seconds: float = 10.0) -> dict[str, float]:
         """Its /metrics once nothing is under way, or after `seconds`: hanging up takes it a moment to see."""

@@ -20,6 +20,7 @@ FILES = Path(__file__).resolve().parent / "hf_kernel_files"
 PACKAGE = "rainkernels"
 ROOTS = ("ops/logits.py", "ops/edits.py")
 BACKENDS = ("cpu", "cuda")
+PARTS = ("build", "torch-ext")
 LANES = """FAMILY_LANES: dict[str, dict[str, tuple[Lane, ...]]] = {
     "logits": {"cuda": ("triton",)},
     "edits": {"cuda": ("triton",)},
@@ -97,10 +98,18 @@ def write(folder: Path, sources: dict[str, str]) -> None:
 
 
 def lay_out(folder: Path) -> None:
-    """Write the repository. What an earlier run wrote there is replaced."""
+    """Write the repository. What an earlier run wrote there is replaced; a `build` of anything else is left alone.
+
+    Raises:
+        SystemExit: there is one.
+    """
+    marked = folder / "build.toml"
+    ours = marked.is_file() and marked.read_bytes() == (FILES / "build.toml").read_bytes()
+    if not ours and any((folder / part).exists() for part in PARTS):
+        raise SystemExit(f"{folder} has a folder {' or '.join(PARTS)} that is not of this script: give another folder")
     sources = modules() | {name: (FILES / name).read_text(encoding="utf-8") for name in ("__init__.py", "layers.py")}
     mark = hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:12]
-    for part in ("build", "torch-ext"):
+    for part in PARTS:
         shutil.rmtree(folder / part, ignore_errors=True)
     write(folder / "torch-ext" / PACKAGE, sources)
     for backend in BACKENDS:

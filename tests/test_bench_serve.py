@@ -28,7 +28,7 @@ import serve_target  # noqa: E402
 from serve_load import MALFORMED, Load, Planned, Record, Shares, arrivals, plan  # noqa: E402
 from serve_metrics import latencies, most_open, spread, summary, table  # noqa: E402
 from serve_options import limits  # noqa: E402
-from serve_target import Answer, Expected, OwnServer, samples  # noqa: E402
+from serve_target import Answer, Expected, OwnServer, Remote, samples  # noqa: E402
 
 from raindecode.cli import main  # noqa: E402
 from raindecode.errors import ConfigError, RainDecodeError  # noqa: E402
@@ -200,6 +200,8 @@ class Told(BaseHTTPRequestHandler):
         for word in words * (200 if command == "!long" else 1):
             self._event({"choices": [{"delta": {"content": word}, "finish_reason": None}], "usage": None})
             time.sleep(0.005)
+        if command == "!strange":
+            self._event({"choices": [{"delta": None}]})
         if command == "!error":
             self._event({"error": {"message": "it broke"}})
         if command != "!unfinished":
@@ -244,9 +246,9 @@ def load(base: str, prompts: list[str], **given: Any) -> list[Record]:
 
 
 def test_answers_are_read_and_failures_named(told):
-    found = load(told, ["a b c", "!500", "!cut", "!unfinished", "!error", "d"], key="k")
-    assert [one.status for one in found] == ["ok", "failed", "failed", "failed", "failed", "ok"]
-    assert [one.error for one in found] == [
+    found = load(told, ["a b c", "!500", "!cut", "!unfinished", "!error", "d", "!strange"], key="k")
+    assert [one.status for one in found] == ["ok", "failed", "failed", "failed", "failed", "ok", "failed"]
+    assert [one.error for one in found[:6]] == [
         "", "500 broken", "the stream ended without [DONE]", "the stream ended without a finish_reason", '{"message": "it broke"}', "",
     ]  # fmt: skip
     first = found[0]
@@ -259,7 +261,8 @@ def test_answers_are_read_and_failures_named(told):
     assert len(first.pieces) == 3
     assert first.sent < first.pieces[0] <= first.pieces[1] <= first.pieces[2] < first.ended
     assert Told.keys == {"Bearer k"}
-    assert [one["seed"] for one in sorted(Told.asked, key=lambda one: one["seed"])] == list(range(6))
+    assert [one["seed"] for one in sorted(Told.asked, key=lambda one: one["seed"])] == list(range(7))
+    assert "NoneType" in found[6].error
     (nobody,) = load("http://127.0.0.1:9", ["a"])
     assert nobody.status == "failed"
     assert "Connect" in nobody.error
@@ -442,6 +445,7 @@ def test_it_starts_its_own_server_and_says_why_it_could_not(tmp_path, capfd):
         (["--rain", "{"], "--rain is '{'"),
         (["--goodput", "itl:3"], "allowed: ttft, tpot or e2el"),
         (["--goodput", "ttft:soon"], "--goodput is 'ttft:soon'"),
+        (["--goodput", "ttft:nan"], "--goodput is 'ttft:nan'"),
         (["--endpoint", "chats"], "allowed: chat, completions"),
         (["--dtype", "int8"], "allowed: float32"),
         (["--temperature", "-1"], "--temperature"),
@@ -449,7 +453,9 @@ def test_it_starts_its_own_server_and_says_why_it_could_not(tmp_path, capfd):
         (["--base-url", "http://127.0.0.1:9", "--adapter", "testbed"], "give one of them"),
         (["--base-url", "http://127.0.0.1:9"], "/v1/models cannot be read"),
         (["--base-url", "http://127.0.0.1:9", "--model", "m", "--prompts", "no-such-file"], "cannot be read"),
+        (["--base-url", "http://[", "--model", ""], "/v1/models cannot be read"),
         (["--json", "no-such-folder/out.json"], "cannot be written"),
+        (["--json", "."], "cannot be written"),
     ],
 )
 def test_options_that_are_not_allowed_are_named(words, message):
@@ -462,6 +468,14 @@ def test_small_readers():
     text = '# HELP a b\na 1.0\nb_bucket{le="1.0"} 3.0\nb_created 5.0\nb_sum{c="d e"} 2e3\n\n'
     assert samples(text) == {"a": 1.0, 'b_sum{c="d e"}': 2000.0}
     assert serve_target.ROOT == ROOT
+
+
+def test_pages_of_another_server_are_no_error(told, monkeypatch):
+    monkeypatch.setattr(Told, "do_GET", lambda self: self._whole(200, "<html>\n<p>a page for everything</p>\n</html>"))
+    remote = Remote(told, None)
+    assert (remote.align(), remote.metrics(), remote.settle()) == ({}, {}, {})
+    with pytest.raises(ConfigError, match="give a server of OpenAI's API"):
+        remote.models()
 
 
 def test_the_command_line_shows_the_options_of_the_script(capsys):

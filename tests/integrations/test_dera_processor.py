@@ -101,8 +101,26 @@ def test_a_new_prompt_as_long_as_the_next_step_begins_anew(pair: Any, tokenizer:
     aligned.generate(ids[:, :-1], logits_processor=processors, max_new_tokens=1, do_sample=False)
     changed = ids.clone()
     changed[0, 2] = 300 if ids[0, 2] != 300 else 301
-    got = aligned.generate(changed, logits_processor=processors, **GREEDY)
-    assert got.tolist() == aligned.generate(changed, logits_processor=listed(reference, 0.4), **GREEDY).tolist()
+    scores = torch.zeros(1, reference.config.vocab_size)
+    mixed = processors(changed, scores)
+    assert torch.equal(mixed, listed(reference, 0.4)(changed, scores))
+    processors(ids[:, :-1], scores)
+    assert not torch.allclose(processors(ids, scores), mixed, atol=1e-3)
+
+
+def test_the_second_model_may_be_trained_between_calls(pair: Any, tokenizer: Any) -> None:
+    """The next prompt may be the last answer, which would look like the next token."""
+    reference = copy.deepcopy(pair[0])
+    processors = listed(reference, 0.4)
+    ids = ask(tokenizer, QUESTIONS[0])["input_ids"]
+    scores = torch.zeros(1, reference.config.vocab_size)
+    old = processors(ids[:, :-1], scores)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter *= 1.1
+    new = processors(ids, scores)
+    assert torch.equal(new, listed(reference, 0.4)(ids, scores))
+    assert not torch.allclose(processors(ids[:, :-1], scores), old, atol=1e-3)
 
 
 def test_sampling_runs_its_warpers_behind_the_mixture(pair: Any, tokenizer: Any) -> None:

@@ -168,7 +168,8 @@ def test_the_builders_description_is_valid(repository: Path) -> None:
 
 
 def test_a_second_run_gives_the_same_files(repository: Path, tmp_path: Path) -> None:
-    (tmp_path / "build").mkdir()
+    tmp_path /= "with spaces"
+    script().lay_out(tmp_path)
     (tmp_path / "build" / "stale.py").write_text("")
     script().lay_out(tmp_path)
     kept = {
@@ -179,6 +180,17 @@ def test_a_second_run_gives_the_same_files(repository: Path, tmp_path: Path) -> 
     }
     for path, text in kept.items():
         assert (repository / path).read_text() == (tmp_path / path).read_text() == text
+
+
+@pytest.mark.parametrize("part", ["build", "torch-ext"])
+def test_a_build_folder_of_something_else_is_left_alone(tmp_path: Path, part: str) -> None:
+    (tmp_path / part).mkdir()
+    (tmp_path / part / "mine.o").write_text("mine")
+    (tmp_path / "build.toml").write_text("[something]")
+    with pytest.raises(SystemExit, match="not of this script"):
+        script().lay_out(tmp_path)
+    assert (tmp_path / part / "mine.o").read_text() == "mine"
+    assert (tmp_path / "build.toml").read_text() == "[something]"
 
 
 @pytest.mark.gpu

@@ -23,6 +23,7 @@ from town_tasks import CHOICES, alone, evaluate, of_choice, pairs_of, write_task
 
 from raindecode import RAIN, URIAL, AlignEZ, ConfigError, Decoder, DeRa, Policy, Sampling, testbed
 from raindecode.integrations.lm_eval import RainDecodeLM
+from raindecode.policy.prompt import ChatFormat
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,7 @@ def test_texts_longer_than_the_context_are_cut_as_there(decoder, tmp_path):
     assert [greedy for _, greedy in mine] == [greedy for _, greedy in other]
     asked = [(long, {"until": ["\n"], "max_gen_toks": 8})]
     assert answers(ours, asked) == answers(theirs, asked)
+    assert ours._prompt(long, 8) == ours.tok_encode(long)[8 - 24 :]  # room for the answer
     with pytest.raises(ConfigError, match="max_length"):
         likelihoods(ours, [("A", long)])
     with pytest.raises(ConfigError, match="24 new tokens; allowed: 1 to 23"):
@@ -249,6 +251,22 @@ def test_a_context_that_choices_share_runs_once(decoder, monkeypatch):
     decoder.engine.tree.clear()
     likelihoods(model, pairs)
     assert start < sum(rows) <= distinct
+
+
+def test_a_word_that_begins_in_the_context_is_scored_whole_in_a_format(decoder):
+    model, encode = RainDecodeLM(decoder, policy=Policy(prompt=ChatFormat())), decoder.codec.encode
+    whole, begun = encode("The fence is green."), encode("The fen")
+    shared = len(begun) - 1
+    assert whole[:shared] == begun[:shared]
+    assert whole[shared] != begun[shared]  # "fen" is another token than "fence"
+    ((score, _),) = likelihoods(model, [("The fen", "ce is green.")])
+    (scored,) = decoder.score([whole], starts=[shared], progress=False)
+    assert score == pytest.approx(sum(one.logprob for one in scored.logprobs[shared:]), abs=1e-5)
+
+
+def test_an_empty_continuation_has_no_score(decoder):
+    with pytest.raises(ConfigError, match="empty continuation"):
+        likelihoods(RainDecodeLM(decoder, dera=0, prompt="format"), [("Who are you?", "")])
 
 
 def test_ways_around_the_decoder_are_closed(decoder):

@@ -13,13 +13,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import rainkernels
 from raindecode import Decoder, DeRa, Policy, Sampling
+from raindecode.policy.alignez.edits import AlignEZ
 from raindecode.search.rain import RAIN
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'rainkernels[ray]'")
@@ -268,10 +271,13 @@ def test_settings_name_everything_that_decides_an_answer() -> None:
         return ray_rows.digest(ray_rows.settings_of(search or Sampling(), Policy(**policy)))
 
     town = RAIN.preset("town")
+    edit = AlignEZ.from_directions({1: torch.ones(1, 8)}, op="add", alpha=1.0)
+    other = AlignEZ.from_directions({1: -torch.ones(1, 8)}, op="add", alpha=1.0)
     different = [
         told(), told(Sampling(temperature=0.5)), told(town), told(RAIN.preset("hh")), told(RAIN.preset("town", c_puct=1.0)),
         told(RAIN.preset("town", evaluator=len)), told(dera=DeRa(0.5)), told(dera=DeRa(1.0)), told(dera=DeRa.target_kl(0.1)),
-        told(prompt=town.format), told(prompt=RAIN.preset("hh").format),
+        told(prompt=town.format), told(prompt=RAIN.preset("hh").format), told(edits=edit), told(edits=edit.scaled(0.5)),
+        told(edits=other), told(edits=[edit, other]), told(edits=replace(edit, on="both")), told(edits=replace(edit, judge=True)),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
     assert told(RAIN.preset("town", width=4, record_tree=True)) == told(town)

@@ -129,6 +129,14 @@ def test_a_name_that_is_used_again(rows: DeRaRows, stock: Any) -> None:
         torch.testing.assert_close(out[0], mixed(stock, request, served[0], 0.5), rtol=1e-4, atol=2e-3)
 
 
+def test_a_request_whose_text_got_shorter_begins_anew(rows: DeRaRows, stock: Any) -> None:
+    request, served = Req("a", [5, 6, 7, 8]), torch.randn(1, WIDTH)
+    rows.apply(served.clone(), [request.params(dera_lambda=0.5)])
+    request.origin_input_ids = array("q", [9, 10])
+    out = rows.apply(served.clone(), [request.params(dera_lambda=0.5)])
+    torch.testing.assert_close(out[0], mixed(stock, request, served[0], 0.5), rtol=1e-4, atol=2e-3)
+
+
 def test_what_cannot_be_mixed_is_refused_and_the_others_go_on(
     rows: DeRaRows, stock: Any, refused: list[tuple[str, str]]
 ) -> None:

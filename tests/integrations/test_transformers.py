@@ -355,6 +355,10 @@ def _refused() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "order": (
             {"logits_processor": LogitsProcessorList([TopPLogitsWarper(0.5), TopKLogitsWarper(5)])}, ConfigError, "order",
         ),
+        "tokens kept": (
+            {"logits_processor": LogitsProcessorList([TopKLogitsWarper(5, min_tokens_to_keep=2)])}, ConfigError, "min_tokens_to_keep",
+        ),
+        "positions": ({"position_ids": torch.arange(3, 16)[None]}, ConfigError, "position_ids"),
         "time": ({"max_time": 5.0}, ConfigError, "MaxTimeCriteria"),
         "criterion": ({"stopping_criteria": StoppingCriteriaList([too_long])}, ConfigError, "criterion"),
         "embeddings": ({"token_type_ids": torch.zeros(1, 3)}, Exception, "token_type_ids"),
@@ -433,6 +437,9 @@ def test_a_model_trained_between_calls_answers_as_it_is_now(tokenizer: Any) -> N
     inputs = ask(tokenizer, QUESTIONS[0])
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     first = model.generate(**inputs, custom_generate=align, **options)
+    words = tokenizer(QUESTIONS[0], return_tensors="pt")
+    constant: Callable[..., Any] = functools.partial(urial, prompt=URIAL.testbed())
+    behind = model.generate(**words, custom_generate=constant, **options)
     model.train()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     with torch.no_grad():
@@ -442,6 +449,12 @@ def test_a_model_trained_between_calls_answers_as_it_is_now(tokenizer: Any) -> N
     expected = model.generate(**inputs, **options)
     assert expected.tolist() != first.tolist()
     assert model.generate(**inputs, custom_generate=align, **options).tolist() == expected.tolist()
+    fresh = copy.deepcopy(model).generate(**words, custom_generate=constant, **options)
+    assert fresh.tolist() != behind.tolist()
+    assert model.generate(**words, custom_generate=constant, **options).tolist() == fresh.tolist()
+    model.to(torch.bfloat16)
+    out = model.generate(**inputs, custom_generate=align, **options)
+    assert out.tolist() == copy.deepcopy(model).generate(**inputs, custom_generate=align, **options).tolist()
 
 
 def test_decoders_are_made_once_and_go_with_their_model(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,6 +487,18 @@ def test_decoders_are_made_once_and_go_with_their_model(tokenizer: Any, monkeypa
     gc.collect()
     assert gone() is None
     assert made[-1]() is None
+
+
+def test_forgetting_either_model_of_a_pair_lets_go_of_both(tokenizer: Any) -> None:
+    reference, inputs = load(), ask(tokenizer, QUESTIONS[0])
+    for kept in ("model", "reference"):
+        model = load()
+        model.generate(**inputs, custom_generate=dera, reference=reference, dera_lambda=0.5, max_new_tokens=2)
+        gone = weakref.ref(model)
+        forget(model if kept == "model" else reference)
+        del model
+        gc.collect()
+        assert gone() is None
 
 
 def test_beside_a_decoder_of_the_same_model(tokenizer: Any) -> None:

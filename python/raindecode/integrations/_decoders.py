@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ class _Kept:
     def __init__(self) -> None:
         self.held: dict[tuple[Any, ...], _Held] = {}
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.references: WeakSet[PreTrainedModel] = WeakSet()  # that decoders with this model are kept with
 
     def __deepcopy__(self, memo: object) -> _Kept:
         return _Kept()
@@ -56,9 +58,14 @@ def _kept(model: PreTrainedModel) -> _Kept:
 
 
 def forget(model: PreTrainedModel) -> None:
-    """Drop what is kept with a model: its decoders with their K/V pools, and other models they mix with it."""
+    """Drop what is kept with a model, and with the references it was mixed with: decoders, their K/V pools, and the hold they have
+    on each other's models."""
     with _turn:
-        model.__dict__.pop(_ATTRIBUTE, None)
+        kept: _Kept | None = model.__dict__.pop(_ATTRIBUTE, None)
+        for reference in () if kept is None else kept.references:
+            held = _kept(reference).held
+            for key in [key for key, one in held.items() if any(mixed is model for mixed in one.models)]:
+                del held[key]
 
 
 def tokenizer_of(model: PreTrainedModel, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -112,8 +119,7 @@ def borrowed(
             try:
                 yield held.decoder
             finally:
-                held.decoder.engine.pins.clear()
-                held.decoder.engine.tree.clear()
+                held.decoder.engine.forget()
         finally:
             for swap in swapped:
                 _put(swap.parent, swap.name, swap.ours, swap.own)
@@ -134,6 +140,8 @@ def _held(
         held = None  # the smaller pools go first
         held = _made(models, [one for one in aligned if isinstance(one, str)], tokenizer, room)
     kept[key] = held  # the last one used stands last
+    for one in models[1:]:
+        _kept(one).references.add(model)
     while len(kept) > _MOST:
         del kept[next(iter(kept))]
     return held

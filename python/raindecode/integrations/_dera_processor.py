@@ -48,6 +48,7 @@ class DeRaLogitsProcessor(LogitsProcessor):
         self.role = role
         own = model.generation_config.pad_token_id if model.generation_config is not None else None
         self.pad_token_id = own if pad_token_id is None else pad_token_id
+        self._weights: list[tuple[int, int]] = []
         self._takes = inspect.signature(model.forward).parameters
         self.reset()
 
@@ -99,9 +100,19 @@ class DeRaLogitsProcessor(LogitsProcessor):
         return logits
 
     def _continues(self, ids: Tensor) -> bool:
-        """Whether these rows are those seen and one token more."""
-        seen = self._seen
-        return seen is not None and ids.shape == (seen.shape[0], seen.shape[1] + 1) and torch.equal(ids[:, :-1], seen)
+        """Whether these rows are those seen and one token more, and the model is the one that read them."""
+        seen, weights = self._seen, self._weights
+        self._weights = self._versions()
+        return (
+            seen is not None
+            and ids.shape == (seen.shape[0], seen.shape[1] + 1)
+            and torch.equal(ids[:, :-1], seen)
+            and weights == self._weights
+        )
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Where the second model's weights lie, and how often each was written to."""
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
 
     def _shown(self, ids: Tensor) -> Tensor:
         """[rows, tokens] int64, 0 for the padding a row begins with."""

@@ -14,6 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
+try:
+    from raindecode.integrations.ray_batch import BatchReport, generate_jsonl
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"raindecode.integrations.ray needs Ray 2.47 or newer ({error}): pip install 'rainkernels[ray]'",
+        name=error.name,
+    ) from error
+
 from raindecode.commands.aligned import (
     AdapterOption,
     AlignedOption,
@@ -26,7 +34,6 @@ from raindecode.commands.common import complain, guarded, one_of, quiet_librarie
 from raindecode.commands.edited import EditJudgeOption, EditOnOption, EditOption, ForceEditOption, chosen_edits
 from raindecode.commands.generate import make_search, policy_of, preset_of
 from raindecode.commands.prompted import PromptFileOption, UrialOption, chosen_prompt
-from raindecode.integrations.ray_batch import BatchReport, generate_jsonl
 from raindecode.search.rain import RAIN
 from raindecode.search.sampling import Sampling
 

@@ -127,7 +127,9 @@ def settings_of(search: Sampling | RAIN, policy: Policy) -> Record:
         shape |= {**weights, **{k: v for k, v in _changed(policy.dera).items() if k != "weights"}}
     assert isinstance(policy.edits, tuple)
     if policy.edits:
-        shape["edit"] = [{"name": edit.name, "on": edit.on, "judge": edit.judge} for edit in policy.edits]
+        shape["edit"] = [
+            {"name": edit.name, "strength": edit.strength, "on": edit.on, "judge": edit.judge} for edit in policy.edits
+        ]
     return shape
 
 

@@ -6,15 +6,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, ValidationError
-from ray import serve
+
+try:
+    from fastapi import FastAPI
+    from ray import serve
+
+    from raindecode.server.app import create_app
+    from raindecode.server.settings import ServerSettings
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"the Ray Serve application needs Ray 2.47 or newer and the server ({error}): pip install 'rainkernels[ray,server]'",
+        name=error.name,
+    ) from error
 
 from raindecode.commands.common import quiet_libraries
 from raindecode.decoder import Decoder
 from raindecode.errors import ConfigError
-from raindecode.server.app import create_app
-from raindecode.server.settings import ServerSettings
 from raindecode.settings import as_strings, require_finite, require_whole
 
 _MAX_CONCURRENT = 32  # of a Decoder that was not told

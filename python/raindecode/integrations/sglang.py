@@ -14,7 +14,14 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+try:
+    from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"raindecode.integrations.sglang is for SGLang's environment ({error}): install rainkernels there; clients without SGLang send the "
+        "string of DeRa.to_str()",
+        name=error.name,
+    ) from error
 from torch import Tensor
 
 from raindecode.integrations.dera_params import ALLOW_NEGATIVE, LAMBDA, lambda_of

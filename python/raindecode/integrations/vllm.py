@@ -10,7 +10,12 @@ Nothing is registered as an entry point of vLLM's group of logits processors: wh
 
 from __future__ import annotations
 
-from vllm.v1.sample.logits_processor import LogitsProcessor as _FirstRunner
+try:
+    from vllm.v1.sample.logits_processor import LogitsProcessor as _FirstRunner
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"raindecode.integrations.vllm is for vLLM's environment ({error}): install rainkernels there", name=error.name
+    ) from error
 
 from raindecode.integrations.vllm_dera import DeRaProcessor
 from raindecode.integrations.vllm_steering import Steering, cache_salt, register_steering

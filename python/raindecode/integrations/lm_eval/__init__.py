@@ -4,6 +4,14 @@ Importing this registers it with the harness under the name "raindecode"; `pytho
 harness's own command line with that done. Needs lm_eval 0.4.10 or newer.
 """
 
+try:
+    import lm_eval as _  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"raindecode.integrations.lm_eval needs lm-evaluation-harness ({error}): pip install 'lm_eval[hf]>=0.4.10'",
+        name=error.name,
+    ) from error
+
 from raindecode.integrations.lm_eval.model import RainDecodeLM
 
 __all__ = ["RainDecodeLM"]

@@ -162,6 +162,8 @@ class RainDecodeLM(HFLM):  # type: ignore[misc]
             ids: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
             return ids
         codec, text = self.decoder.codec, self._in_format(context)
+        if not continuation:
+            raise ConfigError("an empty continuation is to be scored; allowed: at least one token")
         whole = codec.encode(text + continuation)
         border = min(common_length(whole, codec.encode(text)), len(whole) - 1)
         return whole[:border], whole[border:]
