@@ -77,3 +77,16 @@ def test_a_model_loaded_under_the_name_is_still_checked(monkeypatch: pytest.Monk
     for _ in range(2):  # once per model
         Decoder(model, byte_tokenizer(), kv_tokens=400)
     assert len(compared) == 1
+
+
+def test_a_mask_of_the_callers_own_is_added_where_logits_are_capped() -> None:
+    model = tiny_model("gemma2")
+    stock, mine = stock_copy(model), named(model)
+    ids = torch.tensor([random_tokens(6, 5)])
+    hidden = torch.finfo(torch.float32).min
+    mask = torch.full((6, 6), hidden).triu(1)
+    mask[3:, 1] = hidden  # and one key that causality alone would show
+    with torch.inference_mode():
+        expected, got = (one(input_ids=ids, attention_mask={"full_attention": mask[None, None], "sliding_attention": mask[None, None]})
+                         for one in (stock, mine))  # fmt: skip
+    torch.testing.assert_close(got.logits, expected.logits, atol=2e-4, rtol=1e-4)

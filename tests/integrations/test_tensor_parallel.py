@@ -113,3 +113,9 @@ def test_without_the_processes_it_says_how_to_start_them() -> None:
     with pytest.raises(ConfigError, match="divides both"):
         check_heads(LlamaConfig(num_attention_heads=8, num_key_value_heads=2), 4)
     check_heads(LlamaConfig(num_attention_heads=8, num_key_value_heads=4), 4)
+
+
+def test_a_world_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 'two'"):
+        Decoder.from_pretrained("testbed", tensor_parallel=2)

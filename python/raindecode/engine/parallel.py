@@ -57,7 +57,10 @@ def check_processes(wanted: int) -> None:
     Raises:
         ConfigError: it is not; the message says how to start them.
     """
-    there = int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal():
+        raise ConfigError(f"WORLD_SIZE is {given!r:.40}; allowed: the number of processes, as torchrun sets it")
+    there = int(given)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         there = torch.distributed.get_world_size()
     if there != wanted:

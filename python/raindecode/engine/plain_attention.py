@@ -41,7 +41,10 @@ def plain_attention(
         logits = softcap * torch.tanh(logits / softcap)
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    if mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    else:  # a caller's own, which is added
+        logits = logits + mask
     if sinks is not None:
         logits = torch.cat((logits, sinks.reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)), dim=-1)
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)[..., :keys]
