@@ -108,6 +108,8 @@ def _add_routes(app: FastAPI) -> None:
 
     @app.get("/v1/models/{name:path}", tags=["OpenAI"], summary="One model")
     async def model(name: str, service: Serving) -> dict[str, Any]:
+        if not name:
+            raise HTTPException(404)
         service.catalog.align_of(name, None, None)
         return _model(service, name)
 
@@ -155,6 +157,8 @@ async def _respond(plan: Plan, request: Request, service: Service, *, chat: bool
     if plan.streams:
         return EventStream(service, job, replies, plan.headers)
     outcomes = await service.answer(job, request)
+    if plan.logprobs:  # long ones would hold up the event loop
+        return await asyncio.to_thread(lambda: JSONResponse(replies.whole(outcomes), headers=plan.headers))
     return JSONResponse(replies.whole(outcomes), headers=plan.headers)
 
 
