@@ -134,6 +134,7 @@ def test_types_methods_and_paths(http):
     refused(http.get("/nothing"), 404)
     refused(http.get("/v1/models/other"), 404)
     refused(http.get("/v1/models/"), 404)
+    assert http.head("/health").status_code == 200
     packed = http.post("/v1/completions", json={"prompt": "a"}, headers={"content-encoding": "gzip"})
     assert "gzip" in refused(packed, 415)["message"]
     refused(http.get("/../../etc/passwd"), 404)

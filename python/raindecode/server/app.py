@@ -113,6 +113,7 @@ def _add_routes(app: FastAPI) -> None:
         service.catalog.align_of(name, None, None)
         return _model(service, name)
 
+    @app.head("/health", include_in_schema=False)  # what some load balancers ask
     @app.get("/health", tags=["Operation"], summary="Whether requests can be answered")
     async def health(service: Serving) -> Response:
         state = "ok" if service.is_healthy else "draining" if service.is_draining else "failed"
