@@ -46,6 +46,31 @@ def test_a_step_that_fails_behind_its_forward_ends_what_is_under_way(decoder, mo
         assert decoder.engine.tree.num_cursors == 0
 
 
+def test_a_step_that_fails_behind_answers_that_ended(decoder, monkeypatch):
+    """Two of three ended in order before; the step that fails must not end them again."""
+    whole = type(decoder.engine)._forward
+    with serving(decoder) as served:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                type(decoder.engine),
+                "_forward",
+                lambda self, plan: whole(self, plan) if len(self._running) > 1 else 1 / 0,
+            )
+            assert ask(served, n=3, ignore_eos=True).status_code == 500
+        assert ask(served).status_code == 200
+        assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_only_failures_in_a_row_make_it_unhealthy(decoder, monkeypatch):
+    with serving(decoder) as served:
+        for _ in range(2):
+            with monkeypatch.context() as patch:
+                patch.setattr(type(decoder.engine), "_forward", lambda self, plan: 1 / 0)
+                assert [ask(served).status_code for _ in range(3)] == [500] * 3
+            assert ask(served).status_code == 200
+        assert httpx.get(f"{served.url}/health").status_code == 200
+
+
 def test_a_step_that_fails_in_the_middle_of_streams(decoder, monkeypatch):
     with serving(decoder) as served:
         body = {**ASKED, "max_tokens": 900, "ignore_eos": True, "stream": True}
