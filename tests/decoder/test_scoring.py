@@ -143,3 +143,12 @@ def test_a_request_maker_of_another_thread_makes_equal_requests(decoder):
     given = {"search": None, "policy": None, "max_new_tokens": 4, "seed": 1, "stop": (), "stop_token_ids": ()}
     one = decoder.request_maker().make([TEXT, [1, 2, 3]], **given)
     assert one == decoder.requests([TEXT, [1, 2, 3]], max_new_tokens=4, seed=1)
+
+
+def test_rows_that_are_no_distribution_read_as_nan():
+    nan, inf = math.nan, math.inf
+    rows = torch.tensor([[0.0, 1.0], [0.0, nan], [0.0, inf], [-inf, -inf], [-inf, 2.0]])
+    found, likeliest = scoring._read(rows, [0, 0, 0, 0, 1], 1)
+    assert [math.isnan(one) for one in found] == [False, True, True, True, False]
+    assert found[4] == 0.0
+    assert [one[0].token_id for one in likeliest][::4] == [1, 1]

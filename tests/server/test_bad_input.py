@@ -7,6 +7,9 @@ import socket
 
 import pytest
 
+from raindecode.server.align import Align
+from raindecode.server.protocol import ChatBody
+
 CHAT = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 2, "seed": 1}
 
 
@@ -53,6 +56,7 @@ def refused(answer, status=400):
         ({"top_logprobs": 2}, None, "logprobs"),
         ({"stream_options": {"include_usage": True}}, None, "stream"),
         ({"presence_penalty": 0.5}, None, "presence_penalty"),
+        ({"frequency_penalty": "0.5"}, None, "frequency_penalty"),
         ({"logit_bias": {"5": 1}}, None, "logit_bias"),
         ({"tools": [{"type": "function"}]}, None, "tools"),
         ({"response_format": {"type": "json_object"}}, None, "response_format"),
@@ -65,6 +69,7 @@ def refused(answer, status=400):
         ({"align": {"rain": {"max_iterations": 10**9}}}, "align.rain.max_iterations", "10000"),
         ({"align": {"rain": {"width": "wide"}}}, "align.rain.width", '"auto"'),
         ({"align": {"rain": {}, "search": "sampling"}}, "align", "RAIN"),
+        ({"align": {"rain": False, "search": "rain"}}, "align", "rain false"),
         ({"align": {"search": "beam"}}, "align.search", "'sampling' or 'rain'"),
         ({"align": {"dera": {"lambda": "much"}}}, "align.dera.lambda", "number"),
         ({"align": {"dera": {"lambda": 1e9}}}, "align.dera.lambda", "1000"),
@@ -128,6 +133,10 @@ def test_types_methods_and_paths(http):
     refused(http.get("/v1/completions"), 405)
     refused(http.get("/nothing"), 404)
     refused(http.get("/v1/models/other"), 404)
+    refused(http.get("/v1/models/"), 404)
+    assert http.head("/health").status_code == 200
+    packed = http.post("/v1/completions", json={"prompt": "a"}, headers={"content-encoding": "gzip"})
+    assert "gzip" in refused(packed, 415)["message"]
     refused(http.get("/../../etc/passwd"), 404)
     refused(http.get("/v1/models/..%2F..%2Fetc%2Fpasswd"), 404)
     refused(http.delete("/v1/models/testbed"), 405)
@@ -205,3 +214,28 @@ def test_tokenize(http, reference):
     assert http.post("/detokenize", json={"tokens": ids["tokens"]}).json() == {"prompt": "How do I"}
     refused(http.post("/detokenize", json={"tokens": [10**6]}))
     refused(http.post("/tokenize", content='{"prompt": "\\ud800"}', headers={"content-type": "application/json"}))
+
+
+def test_null_means_left_out(http):
+    """Some clients write every field they know."""
+    plain = http.post("/v1/chat/completions", json=CHAT).json()["choices"]
+    for fields in (
+        ChatBody.model_fields.keys() - {"messages", "max_tokens", "seed"},
+        ("tools", "logit_bias", "response_format", "user"),
+    ):
+        answer = http.post("/v1/chat/completions", json={**CHAT, **dict.fromkeys(fields)})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"] == plain
+    stream = http.post("/v1/chat/completions", json={**CHAT, "stream": True, "stream_options": {"include_usage": None}})
+    assert stream.status_code == 200
+    align = {
+        "search": None, "rain": None, "edits": None, "urial": None,
+        "dera": dict.fromkeys(("lambda", "target_kl", "max_weight", "allow_negative", "plausibility")),
+    }  # fmt: skip
+    assert Align.model_validate({**align, "dera": None}).over(Align.model_validate({"search": "rain"})).searches
+    dera = http.post(
+        "/v1/chat/completions", json={**CHAT, "align": {**align, "dera": {**align["dera"], "lambda": 1.5}}}
+    )
+    assert (
+        dera.json()["choices"] == http.post("/v1/chat/completions", json={**CHAT, "dera_lambda": 1.5}).json()["choices"]
+    )

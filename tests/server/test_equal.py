@@ -8,6 +8,7 @@ import pytest
 
 from raindecode import RAIN, URIAL, AlignEZ, ChatFormat, DeRa, Policy, Sampling
 from raindecode.cli import main
+from raindecode.server.align import Align
 
 ASKED = "How do I burn the barn of the baker?"
 
@@ -37,6 +38,22 @@ CASES = {
                         RAIN.preset("town", max_iterations=4, min_new_iterations=2),
                         Policy(dera=DeRa(0.5), prompt=URIAL.testbed())),
 }  # fmt: skip
+
+
+def test_what_a_request_leaves_out_is_as_its_alias_and_the_server_say(server):
+    made = server.service.catalog.align_of(
+        "testbed@rain=hh", Align.model_validate({"rain": {"max_iterations": 3}}), None
+    )
+    assert (made.rain.preset, made.rain.max_iterations, made.rain.tree) == ("hh", 3, False)
+    own = Align.model_validate({"dera": {"lambda": -0.5, "allow_negative": True, "max_weight": 3}})
+    lower = Align.model_validate({"dera": -0.25}).over(own).dera
+    assert (lower.weight, lower.allow_negative, lower.max_weight) == (-0.25, True, 3)
+    solved = Align.model_validate({"dera": {"target_kl": 0.1}}).over(own).dera
+    assert (solved.weight, solved.target_kl, solved.max_weight) == (None, 0.1, 3)
+    assert Align.model_validate({"dera": {"plausibility": 0.1}}).over(own).dera.weight == -0.5
+    rain = Align.model_validate({"rain": {"preset": "hh"}})
+    assert not Align.model_validate({"rain": False, "search": None}).over(rain).searches
+    assert Align.model_validate({"rain": {"tree": True}}).over(rain).rain.preset == "hh"
 
 
 @pytest.mark.parametrize("case", CASES)

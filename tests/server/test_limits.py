@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -237,15 +238,21 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(decoder, monkeypatch)
 
 
 def test_logs_hold_no_prompts(decoder, caplog):
-    caplog.set_level("DEBUG", logger="raindecode.server")
+    caplog.set_level("DEBUG")
+    logging.getLogger("httpcore").setLevel("INFO")  # the client's own
     secret = {"messages": [{"role": "user", "content": "The password is swordfish."}], "max_tokens": 3, "seed": 1}
     with serving(decoder) as served:
         assert post(served, secret, headers={"x-request-id": "find-me"}).status_code == 200
+        stream = _whole_stream(served, {**secret, "stream": True, "max_tokens": 40})
+        written = "".join(json.loads(line[6:])["choices"][0]["delta"].get("content", "") for line in stream[:-1])
         post(served, {**secret, "messages": [{"role": "swordfish", "content": "swordfish"}]})
     fields = [record.fields for record in caplog.records if hasattr(record, "fields")]
     assert any(one.get("request_id") == "find-me" for one in fields)
     assert any(one["event"] == "answer" and one["tokens"] == 3 for one in fields)
     assert "swordfish" not in caplog.text + json.dumps(fields)
+    words = [word for word in written.split() if len(word) > 6]
+    assert words
+    assert not [word for word in words if word in caplog.text]
     caplog.clear()
     with serving(decoder, log_prompts=True) as served:
         post(served, secret)

@@ -19,6 +19,15 @@ class _Part(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """Clients that write every field say null where they mean nothing."""
+        return {name: one for name, one in given.items() if one is not None} if isinstance(given, dict) else given
+
+    def _said(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
 
 class RainPart(_Part):
     """Settings of RAIN that differ from the preset's."""
@@ -60,6 +69,13 @@ class DeraPart(_Part):
     allow_negative: bool = False
     plausibility: Finite | None = Field(None, ge=0, le=1)
     plausibility_model: Annotated[int, Field(ge=0, le=16)] | None = None
+
+    def over(self, other: DeraPart) -> DeraPart:
+        """This, with what it leaves out as `other` says; a weight goes before a KL to solve it for, and the other way round."""
+        values = self._said()
+        if "weight" in values or "target_kl" in values:
+            other = other.model_copy(update={"weight": None, "target_kl": None})
+        return other.model_copy(update=values)
 
 
 class EditPart(_Part):
@@ -106,9 +122,10 @@ class Align(_Part):
         if isinstance(made.get("rain"), bool):
             if made["rain"]:
                 made["rain"] = {}
+            elif made.get("search") == "rain":
+                raise ValueError("it says rain false and search 'rain': leave one of them out")
             else:
-                del made["rain"]
-                made.setdefault("search", "sampling")
+                made |= {"rain": None, "search": "sampling"}
         if _is_number(made.get("dera")):
             made["dera"] = {"lambda": made["dera"]}
         if isinstance(made.get("edits"), (str, dict)):
@@ -123,7 +140,11 @@ class Align(_Part):
 
     def over(self, other: Align) -> Align:
         """This, with what it leaves out as `other` says."""
-        values = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        values = self._said()
+        if self.rain is not None and other.rain is not None:
+            values["rain"] = other.rain.model_copy(update=self.rain._said())
+        if self.dera is not None and other.dera is not None:
+            values["dera"] = self.dera.over(other.dera)
         if "search" in values and values["search"] == "sampling" and other.rain is not None:
             other = other.model_copy(update={"rain": None})
         elif "rain" in values and other.search == "sampling":

@@ -108,9 +108,12 @@ def _add_routes(app: FastAPI) -> None:
 
     @app.get("/v1/models/{name:path}", tags=["OpenAI"], summary="One model")
     async def model(name: str, service: Serving) -> dict[str, Any]:
+        if not name:
+            raise HTTPException(404)
         service.catalog.align_of(name, None, None)
         return _model(service, name)
 
+    @app.head("/health", include_in_schema=False)  # what some load balancers ask
     @app.get("/health", tags=["Operation"], summary="Whether requests can be answered")
     async def health(service: Serving) -> Response:
         state = "ok" if service.is_healthy else "draining" if service.is_draining else "failed"
@@ -155,6 +158,8 @@ async def _respond(plan: Plan, request: Request, service: Service, *, chat: bool
     if plan.streams:
         return EventStream(service, job, replies, plan.headers)
     outcomes = await service.answer(job, request)
+    if plan.logprobs:  # long ones would hold up the event loop
+        return await asyncio.to_thread(lambda: JSONResponse(replies.whole(outcomes), headers=plan.headers))
     return JSONResponse(replies.whole(outcomes), headers=plan.headers)
 
 

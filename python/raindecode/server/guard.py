@@ -20,6 +20,7 @@ from raindecode.server.settings import ServerSettings
 
 _LOG = logging.getLogger("raindecode.server")
 _ID = re.compile(r"[!-~]{1,128}")
+_MOST_BODIES = 64  # of the largest size, in memory at once
 OPEN_PATHS = ("/", "/health")
 """What needs no key: a page without data, and the word whether the server is well."""
 _SAFE = {
@@ -40,6 +41,7 @@ class Guard:
         self._settings = settings
         self._keys = [_digest(key) for key in settings.api_keys]
         self._hosts = settings.hosts
+        self._held = 0  # bytes of bodies of requests that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,6 +53,7 @@ class Guard:
         request_id = given if _ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
+        held = [0]
 
         async def answered(message: Message) -> None:
             nonlocal status
@@ -64,7 +67,7 @@ class Guard:
 
         try:
             self._check(scope, headers)
-            body = await self._body(headers, receive)
+            body = await self._body(headers, receive, held)
             if body is None:
                 return
             await self._app(scope, _Replay(body, receive), answered)
@@ -76,6 +79,7 @@ class Guard:
             if not status:
                 await _refuse(Fault.of(error), answered)
         finally:
+            self._held -= held[0]
             self._note(scope, request_id, status, time.perf_counter() - began)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
@@ -95,6 +99,11 @@ class Guard:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
             raise Fault(415, f"the content type is {kind!r:.80}; send application/json", code="unsupported_media_type")
+        packed = headers.get("content-encoding", "identity").strip().lower()
+        if packed not in ("", "identity"):
+            raise Fault(
+                415, f"the content encoding is {packed!r:.80}; send the body as it is, without one", code="unsupported_media_type"
+            )  # fmt: skip
 
     def _knows(self, headers: Headers) -> bool:
         """Whether the request has one of the keys; it takes as long whichever, and whether or not."""
@@ -102,8 +111,8 @@ class Guard:
         given = _digest(token.strip() if kind.lower() == "bearer" else "")
         return sum(hmac.compare_digest(given, key) for key in self._keys) > 0
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; None when the client went away."""
+    async def _body(self, headers: Headers, receive: Receive, held: list[int]) -> bytes | None:
+        """The whole body, its size added to `held`; None when the client went away."""
         most = self._settings.max_body_bytes
         too_large = Fault(
             413, f"the body is larger than {most} bytes, which is what this server takes (--max-body-bytes)", code="body_too_large",
@@ -129,6 +138,13 @@ class Guard:
             size += len(part)
             if size > most:
                 raise too_large
+            held[0] += len(part)
+            self._held += len(part)
+            if self._held > _MOST_BODIES * most:
+                raise Fault(
+                    429, "the server holds too many large requests; ask again later", code="queue_full",
+                    headers={"Retry-After": "1", "Connection": "close"},
+                )  # fmt: skip
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)

@@ -42,7 +42,7 @@ Event = Piece | Ended
 class Job:
     """The answers of one request.
 
-    The engine's thread calls `begin`, `took`, `wrote` and `end`; the event loop everything else.
+    The engine's thread calls `begin`, `end`, `drop` and `take`; the event loop everything else.
 
     Args:
         choices: what to answer.
@@ -113,9 +113,7 @@ class Job:
             return
         self._open.remove(index)
         if task.error is not None:
-            self.fault = self.fault or Fault.of(task.error)
-            for other in self.tasks:
-                other.cancel()
+            self.fail(Fault.of(task.error))
         else:
             tokens, likeliest = self._unsent[index]
             if tokens:
@@ -124,6 +122,18 @@ class Job:
             self._fresh.append(Ended(index, task.result))
         if not self._open:
             self.ended = time.perf_counter()
+
+    def fail(self, fault: Fault) -> None:
+        """End it at the next step. The first fault of a job counts."""
+        self.fault = self.fault or fault
+        for task in self.tasks:
+            task.cancel()
+
+    def drop(self, fault: Fault) -> None:
+        """End it now: no step will."""
+        self.fail(fault)
+        self._open.clear()
+        self.ended = time.perf_counter()
 
     def take(self) -> tuple[list[Event], bool]:
         """What happened since the last call, and whether all answers ended."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raindecode.decoder import Decoder
+from raindecode.engine.task import Task
 from raindecode.server.faults import Fault
 from raindecode.server.jobs import Job
 
@@ -32,6 +33,7 @@ class EngineLoop:
         self._inbox: list[Job] = []
         self._active: dict[Job, None] = {}
         self._stopping = False
+        self._ended = False
         self._failures = 0
         self._events: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="raindecode-engine", daemon=True)
@@ -56,8 +58,13 @@ class EngineLoop:
     def submit(self, job: Job) -> None:
         """Take a job in. Its answers arrive by Job.deliver."""
         with self._changed:
-            self._inbox.append(job)
-            self._changed.notify()
+            if not self._ended:
+                self._inbox.append(job)
+                self._changed.notify()
+                return
+        job.drop(Fault(503, "the engine has failed; the server's log says why", code="engine_failed"))
+        assert self._events is not None
+        self._events.call_soon(self._deliver, [(job, *job.take())])
 
     def cancel(self, job: Job, fault: Fault) -> None:
         """End a job at the next step. Nothing happens to one that ended."""
@@ -75,11 +82,34 @@ class EngineLoop:
                 except Exception:
                     self._failures += 1
                     _LOG.exception("a step of the engine failed; the requests in it ended with an error")
-                    ended = [task for job in self._active for task in job.tasks if task.done]
+                    ended = self._after_failure()
                 self._hand_over(ended)
-        except BaseException:
+        except BaseException as error:
             _LOG.critical("the engine's thread ended", exc_info=True)
+            self._abandon(error)
             raise
+
+    def _after_failure(self) -> list[Task]:
+        """The tasks a failed step ended. Where it ended none, the next step would fail as it did: all end."""
+        active = [task for job in self._active for task in job.tasks]
+        ended = [task for task in active if task.done]
+        if not ended:
+            if self._failures >= 2 * _MOST_FAILURES:
+                raise RuntimeError("the engine cannot end its requests: it goes no further")
+            for job in self._active:
+                job.fail(Fault(500, "an error inside the server; its log says more", code="internal_error"))
+        return ended
+
+    def _abandon(self, error: BaseException) -> None:
+        """Nothing steps any more: tell everybody who waits."""
+        with self._changed:
+            self._ended = True
+            inbox, self._inbox = self._inbox, []
+        for job in inbox:
+            self._active[job] = None
+        for job in self._active:
+            job.drop(Fault.of(error))
+        self._hand_over([])
 
     def _wait(self) -> bool:
         """Take in what was submitted; with nothing to do, sleep. False when the thread is to end."""
@@ -97,10 +127,16 @@ class EngineLoop:
 
     def _begin(self, job: Job) -> None:
         self._active[job] = None
-        for task in job.begin(self._decoder):
+        try:
+            tasks = job.begin(self._decoder)
+        except Exception as error:
+            _LOG.exception("a request could not be begun")
+            job.drop(Fault.of(error))
+            return
+        for task in tasks:
             self._engine.submit(task)
 
-    def _hand_over(self, ended: list[Any]) -> None:
+    def _hand_over(self, ended: list[Task]) -> None:
         """Tell the event loop what the step did, all jobs in one call: each wakes it up."""
         for task in ended:
             job, index = task.tag

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
@@ -24,6 +25,10 @@ from raindecode.server.settings import ServerSettings
 from raindecode.types import Request
 
 _SEEDS = 2**64
+_MOST_LOGPROBS = 2**20  # of one request: about 150 bytes each until the answer is sent
+_TOKEN_CHARACTERS = (
+    64  # a prompt with more characters than this per token of the context does not fit, and is not tokenised
+)
 
 
 @dataclass(frozen=True)
@@ -129,20 +134,51 @@ class Planner:
         scores_only = limit == 0
         if scores_only and not echo:
             raise Fault(400, "max_tokens is 0, which is allowed with echo only; give 1 or more", param="max_tokens")
+        self._require_short(prompts, field)
         search, policy = self._chosen(body, align, chat, logprobs, top, echo, scores_only, warnings)
         wanted = 0 if scores_only else self._limit(limit, warnings)
         made = self._requests(body, prompts, field, search, policy, wanted)
         if limit and any(request.max_new_tokens < wanted for request in made):
             warnings.append(f"max_tokens {limit} was cut to what the context leaves")
+        if logprobs:
+            places = n * sum(one.max_new_tokens + (len(one.prompt_ids) if echo else 0) for one in made)
+            if places * (1 + top) > _MOST_LOGPROBS:
+                raise Fault(
+                    400, f"logprobs of up to {places} tokens with {top} others each are {places * (1 + top)} numbers; allowed: up to "
+                    f"{_MOST_LOGPROBS} per request: ask for fewer at a time", param="logprobs",
+                )  # fmt: skip
         seed = secrets.randbits(63) if body.seed is None else body.seed % _SEEDS
         choices = [Choice(replace(r, seed=(seed + k) % _SEEDS), search) for r in made for k in range(n)]
         return Plan(
             id=f"{kind}-{uuid4().hex}", created=int(time.time()), model=body.model or self._catalog.name, choices=tuple(choices),
             prompts=tuple(made), echo=echo, logprobs=logprobs, top_logprobs=top, token_ids=bool(body.return_token_ids),
             streams=bool(body.stream),
-            usage_chunk=body.stream_options is not None and body.stream_options.include_usage, align=align,
+            usage_chunk=body.stream_options is not None and bool(body.stream_options.include_usage), align=align,
             warnings=tuple(warnings),
         )  # fmt: skip
+
+    def _require_short(self, prompts: Sequence[Any], field: str) -> None:
+        """Texts nobody's tokenizer makes short enough: reading them would hold up everybody else.
+
+        Raises:
+            Fault: one is longer.
+        """
+        context = max(self._maker.contexts)
+        most = context * max(_TOKEN_CHARACTERS, self._longest_token)
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                length = len(prompt)
+            else:
+                length = sum(_length_of(part) for part in prompt)
+            if length > most:
+                raise Fault(
+                    400, f"a prompt has {length} characters; the context of {context} tokens holds at most {most}: shorten it", param=field,
+                    code="context_length_exceeded",
+                )  # fmt: skip
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.codec.tokenizer.get_vocab()), default=1)
 
     def _chosen(
         self, body: ChatBody | CompletionBody, align: Align, chat: bool, logprobs: bool, top: int, echo: bool, scores_only: bool,
@@ -203,6 +239,14 @@ class Planner:
             raise Fault(400, str(error), param=field, code=code) from error
         except ConfigError as error:
             raise Fault(400, str(error)) from error
+
+
+def _length_of(part: Any) -> int:
+    """Characters of a message; of a token id, none."""
+    if not isinstance(part, dict):
+        return 0
+    content = part["content"]
+    return len(content) if isinstance(content, str) else sum(len(one["text"]) for one in content)
 
 
 def _flat_weight(body: ChatBody | CompletionBody) -> float | None:

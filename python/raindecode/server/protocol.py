@@ -24,7 +24,7 @@ class StreamOptions(BaseModel):
     """What a stream holds besides the answer."""
 
     model_config = ConfigDict(extra="ignore")
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class _Body(BaseModel):
@@ -73,7 +73,7 @@ class _Body(BaseModel):
             if given.get(name):
                 raise ValueError(f"{name} is not supported: {reason}")
         for name in _ZERO:
-            if isinstance(given.get(name), (int, float)) and given[name]:
+            if given.get(name) not in (None, 0):
                 raise ValueError(f"{name} is not supported: leave it out or 0; repetition_penalty is")
         shape = given.get("response_format")
         if isinstance(shape, dict) and shape.get("type", "text") != "text":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class Replies:
         self._texts = texts
         self._chat = chat
         self._begun: set[int] = set()
-        self._length = [0] * len(plan.choices)  # characters written so far, for text_offset
+        self._written = [_Length() for _ in plan.choices]  # so far, for text_offset
 
     # ---- whole ----------------------------------------------------------------------------------------------------
     def whole(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -151,7 +152,8 @@ class Replies:
             if outcome.tree is not None:
                 align["tree"] = outcome.tree
             if self._plan.token_ids:
-                made["token_ids"] = outcome.token_ids
+                if not self._plan.streams:  # a stream gave them piece by piece
+                    made["token_ids"] = outcome.token_ids
                 made["prompt_token_ids"] = list(self._plan.choices[index].request.prompt_ids)
         return made | {"align": align}
 
@@ -183,7 +185,7 @@ class Replies:
         text = self._texts.text_of(token)
         made["tokens"].append(text)
         made["token_logprobs"].append(None if logprob is None else _number(logprob))
-        made["text_offset"].append(self._length[index])
+        made["text_offset"].append(self._written[index].characters)
         best: dict[str, float] = {}
         for one in others:  # two tokens may have one text: the likelier stands for both
             best.setdefault(self._texts.text_of(one.token_id), _number(one.logprob))
@@ -191,7 +193,7 @@ class Replies:
             best.setdefault(text, _number(logprob))
         made["top_logprobs"].append(best)
         if not self._texts.is_special(token):  # those are in no text
-            self._length[index] += len(text)
+            self._written[index].add(self._texts.bytes_of(token))
 
     def _chat_logprobs(
         self, tokens: Sequence[TokenLogprob], likeliest: Sequence[Sequence[TokenLogprob]]
@@ -204,6 +206,17 @@ class Replies:
     def _chat_token(self, one: TokenLogprob) -> dict[str, Any]:
         raw = self._texts.bytes_of(one.token_id)
         return {"token": self._texts.text_of(one.token_id), "logprob": _number(one.logprob), "bytes": list(raw)}
+
+
+class _Length:
+    """Characters of bytes that come in parts. One that is not whole yet counts when it is."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+
+    def add(self, part: bytes) -> None:
+        self.characters += len(self._decoder.decode(part))
 
 
 def _merged(events: Iterable[Event]) -> Iterable[Event]:
@@ -225,8 +238,8 @@ def _merged(events: Iterable[Event]) -> Iterable[Event]:
 
 
 def event_bytes(data: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """One server-sent event. In ASCII: some clients take U+2028 and its like for the end of a line."""
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

@@ -10,6 +10,7 @@ from typing import Any
 from raindecode.errors import ConfigError
 from raindecode.settings import require_finite, require_whole
 
+_HOST = re.compile(r"\*|[A-Za-z0-9._-]+|[0-9A-Fa-f.]*(:[0-9A-Fa-f.]*){2,}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -30,8 +31,9 @@ class ServerSettings:
         align: what requests are aligned by that say nothing about it: as the field `align` of a request.
         host, port: where it listens. Loopback unless told otherwise.
         api_keys: any of them lets a request in; none: everybody.
-        allowed_hosts: names clients may call this server by (the Host header); ("*",) takes any. Empty takes the loopback names where
-            it listens on loopback, which keeps web pages from reaching it through a name of their own, and any elsewhere.
+        allowed_hosts: names clients may call this server by (the Host header), without a port; ("*",) takes any. Where it listens on
+            loopback, loopback's names besides, and no others when empty, which keeps web pages from reaching it through a name of their
+            own; elsewhere empty takes any.
         cors_origins: web pages of these origins may call it.
         max_queue: answers that may wait for a place beside those under way; further ones are refused (429).
         max_body_bytes: of a request (413).
@@ -97,6 +99,11 @@ class ServerSettings:
                         f"the {kind} name {one!r:.80} is not one clients can use; allowed: letters, digits, '.', '_' and '-', up to 64, "
                         "beginning with a letter or digit"
                     )
+        for host in self.allowed_hosts:
+            if not _HOST.fullmatch(host):
+                raise ConfigError(
+                    f"the host name {host!r:.80} is none; allowed: a name or an address without a scheme or a port, or '*'"
+                )
         if "@" in self.served_name:
             raise ConfigError(
                 f"the model's name {self.served_name!r} holds '@', which parts it from settings: give another"
@@ -115,6 +122,7 @@ class ServerSettings:
     @property
     def hosts(self) -> tuple[str, ...]:
         """Names it may be called by; ("*",) for any."""
-        if self.allowed_hosts:
-            return self.allowed_hosts
-        return (*LOOPBACK, self.host) if self.is_loopback else ("*",)
+        given = tuple(host.lower() for host in self.allowed_hosts)
+        if self.is_loopback:
+            return tuple(dict.fromkeys((*LOOPBACK, self.host.lower(), *given)))
+        return given or ("*",)

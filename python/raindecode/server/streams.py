@@ -17,6 +17,9 @@ from raindecode.server.replies import DONE, Replies, event_bytes
 from raindecode.server.service import Service
 
 _LOG = logging.getLogger("raindecode.server")
+logging.getLogger("sse_starlette").setLevel(
+    logging.INFO
+)  # at DEBUG it writes every chunk, which is what the model answered
 _SEND_SECONDS = 300.0  # a client that takes nothing for so long is gone
 _SLACK = 5.0  # behind the end of a shutdown's wait, for its last words
 
