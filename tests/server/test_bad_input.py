@@ -189,6 +189,7 @@ def test_header_floods(server, http):
 def test_foreign_host_names(http):
     error = refused(http.get("/v1/models", headers={"host": "evil.example"}), 403)
     assert "evil.example" in error["message"]
+    assert http.get("/health", headers={"host": "10.0.0.7"}).status_code == 200  # a probe's
     assert http.get("/v1/models", headers={"host": "localhost:1"}).status_code == 200
     assert http.get("/v1/models", headers={"host": "[::1]:80"}).status_code == 200
 

@@ -84,7 +84,7 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = _host_of(headers.get("host", ""))
-        if "*" not in self._hosts and host not in self._hosts:
+        if "*" not in self._hosts and host not in self._hosts and scope["path"] != "/health":  # probes come by address
             raise Fault(
                 403,
                 f"this server is not called {host!r:.80}; allowed: {', '.join(self._hosts)} (--allowed-host)",
