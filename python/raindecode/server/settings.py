@@ -123,6 +123,8 @@ class ServerSettings:
     def hosts(self) -> tuple[str, ...]:
         """Names it may be called by; ("*",) for any."""
         given = tuple(host.lower() for host in self.allowed_hosts)
+        if "*" in given:
+            return ("*",)
         if self.is_loopback:
             return tuple(dict.fromkeys((*LOOPBACK, self.host.lower(), *given)))
         return given or ("*",)
