@@ -10,7 +10,7 @@ from kernel_bench.static import loaded_buffers
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
-from raindecode.engine.attention import IMPLEMENTATION, TreeContext
+from raindecode.engine.attention import IMPLEMENTATION, TreeContext, over_tree
 from raindecode.engine.batch import TokenBatch, upload
 from raindecode.engine.model_runner import ModelRunner
 from rainkernels.ops.attention import attention_plan
@@ -121,10 +121,11 @@ class ForestStep:
         context = TreeContext(self.runner.pool, batch.slot_mapping, batch.plan, buffers=buffers)
 
         def forward() -> Tensor:
-            out = self.model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, tree=context,
-                logits_to_keep=self.keep,
-            )  # fmt: skip
+            with over_tree(context):
+                out = self.model(
+                    input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, tree=context,
+                    logits_to_keep=self.keep,
+                )  # fmt: skip
             logits: Tensor = out.logits[0]
             return logits
 

@@ -544,7 +544,7 @@ def test_an_architecture_without_the_place_says_so() -> None:
 def test_a_place_that_is_not_there_ends_the_request_that_asks_for_it(
     monkeypatch: pytest.MonkeyPatch, select: Any
 ) -> None:
-    monkeypatch.setitem(edit_hooks._NAMES, "mlp_out", ("perceptron",))
+    monkeypatch.setitem(edit_hooks.TAP_MODULES, "mlp_out", ("perceptron",))
     decoder = tiny_decoder("gpt2")
     edit = AlignEZ(stages=edit_of(decoder, ["mlp_out"]).stages, select=select)
     failed, done = answers(decoder, [Policy(edits=edit), Policy()], PROMPTS[:2], errors="return", max_new_tokens=1)

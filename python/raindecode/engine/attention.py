@@ -6,6 +6,8 @@ Outside an engine's forward the name stands for ordinary causal attention, so th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,8 +87,18 @@ class TreeContext:
     more: tuple[TreeContext, ...] = ()
 
 
-# For the few model files that drop unknown keyword arguments on their way down.
+# For mask functions, which see no keyword arguments, and the few model files that drop unknown ones on their way down.
 _current: ContextVar[TreeContext | None] = ContextVar("raindecode_tree", default=None)
+
+
+@contextmanager
+def over_tree(context: TreeContext) -> Iterator[None]:
+    """A forward of a transformers model over a tree: no mask is built for it. Its call gets `tree=context` as well."""
+    token = _current.set(context)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 def rain_tree_attention(

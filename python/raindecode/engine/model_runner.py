@@ -174,10 +174,10 @@ class ModelRunner:
     ) -> tuple[Tensor | None, Tensor]:
         """transformers' own forward: final hidden states of all rows, logits of the rows of `index`."""
         options: dict[str, Any] = {"logits_to_keep": index} if self._takes_index else {}
-        token = attention._current.set(context)
         # Held for this call only: a hook that stays keeps this runner and its pools alive as long as the model.
         hook = self.model.base_model.register_forward_hook(self._catch_hidden)
         adapted = ExitStack()
+        adapted.enter_context(attention.over_tree(context))
         try:
             for (member, batch), end in zip(parts, accumulate(part.batch.num_rows for part in parts), strict=True):
                 if member:
@@ -192,7 +192,6 @@ class ModelRunner:
         finally:
             adapted.close()
             hook.remove()
-            attention._current.reset(token)
             states, self._last_hidden = self._last_hidden, None
         self._check_layers(context)
         self.layers = context.layers

@@ -76,18 +76,22 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._wait():
-                try:
-                    ended = self._engine.step()
-                    self._failures = 0
-                except Exception:
-                    self._failures += 1
-                    _LOG.exception("a step of the engine failed; the requests in it ended with an error")
-                    ended = self._after_failure()
-                self._hand_over(ended)
+                self._hand_over(self._step())  # no name for what ended: it would live until the next step
         except BaseException as error:
             _LOG.critical("the engine's thread ended", exc_info=True)
             self._abandon(error)
             raise
+
+    def _step(self) -> list[Task]:
+        """One step; the tasks that ended."""
+        try:
+            ended = self._engine.step()
+        except Exception:
+            self._failures += 1
+            _LOG.exception("a step of the engine failed; the requests in it ended with an error")
+            return self._after_failure()
+        self._failures = 0
+        return ended
 
     def _after_failure(self) -> list[Task]:
         """The tasks a failed step ended. Where it ended none, the next step would fail as it did: all end."""
