@@ -61,16 +61,19 @@ def compile_all(version: str, *arguments: str) -> tuple[int, list[dict[str, Any]
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
-@pytest.mark.parametrize("version", ["installed", OLD])
-def test_shipped_kernels_compile_without_spills(version: str) -> None:
+# Minutes from an empty cache: of the oldest release, `make test` compiles for the GPU it is used on with us.
+@pytest.mark.parametrize(
+    ("version", "archs"), [("installed", ARCHS), (OLD, ARCHS[-1:]), pytest.param(OLD, ARCHS, marks=pytest.mark.slow)]
+)
+def test_shipped_kernels_compile_without_spills(version: str, archs: tuple[int, ...]) -> None:
     modules = family_modules()
     if not modules:
         pytest.skip("no family ships Triton kernels")
-    status, results, log = compile_all(version)
+    status, results, log = compile_all(version, "--arch", *map(str, archs))
     faults = [f"sm_{r['arch']} {r['module']} {r['kernel']}: {fault}" for r in results for fault in r["faults"]]
     assert not faults, f"Triton {results[0]['triton']}:\n" + "\n".join(faults)
     assert status == 0, log
-    assert {(r["module"], r["arch"]) for r in results} == {(module, arch) for module in modules for arch in ARCHS}
+    assert {(r["module"], r["arch"]) for r in results} == {(module, arch) for module in modules for arch in archs}
     assert len({(r["module"], r["kernel"], r["arch"]) for r in results}) == len(results)
     assert all(r["registers"] > 0 for r in results)
     assert len({r["triton"] for r in results}) == 1
