@@ -136,7 +136,7 @@ class Planner:
             raise Fault(400, "max_tokens is 0, which is allowed with echo only; give 1 or more", param="max_tokens")
         self._require_short(prompts, field)
         search, policy = self._chosen(body, align, chat, logprobs, top, echo, scores_only, warnings)
-        wanted = 0 if scores_only else self._limit(limit, warnings)
+        wanted = 0 if scores_only else self._limit(limit)
         made = self._requests(body, prompts, field, search, policy, wanted)
         if limit and any(request.max_new_tokens < wanted for request in made):
             warnings.append(f"max_tokens {limit} was cut to what the context leaves")
@@ -212,7 +212,7 @@ class Planner:
                 warnings.append(f"RAIN takes no {', '.join([*given, *(['ignore_eos'] if body.ignore_eos else [])])}")
         return search, policy
 
-    def _limit(self, limit: int | None, warnings: list[str]) -> int:
+    def _limit(self, limit: int | None) -> int:
         most = self._settings.max_new_tokens
         if limit is None:
             return min(self._settings.default_new_tokens, most or self._settings.default_new_tokens)

@@ -41,7 +41,6 @@ class Replies:
 
     Args:
         chat: which of the two forms.
-        prompt_texts: of every prompt, for echo.
     """
 
     def __init__(self, plan: Plan, texts: TokenTexts, *, chat: bool) -> None:
